@@ -1,0 +1,172 @@
+"""The contract between stages: what one stage writes and the next one reads.
+
+An artifact is a folder ``artifact-STEP/`` inside a run with ``weights.safetensors``, ``manifest.json`` and ``config.yaml``
+(for people, never parsed). The run's symlink ``artifact`` points at the newest one. No pickle, no import string: a model is
+rebuilt from its registry name and its configuration.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from unclip import __version__
+from unclip.config import from_plain
+from unclip.errors import ArtifactError
+from unclip.models.interface import Interface
+
+FORMAT = 1
+WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+
+
+@dataclass
+class Manifest:
+    """What an artifact is and where it comes from.
+
+    ``kind`` is the stage (clip, prior, decoder, upsampler), ``model`` the registry name, ``config`` what rebuilds the model.
+    ``hash`` covers weights, model and configuration; ``parents`` maps what the stage was trained on to their hashes.
+    """
+
+    kind: str
+    model: str
+    config: dict[str, Any]
+    interface: dict[str, Any]
+    parents: dict[str, str] = field(default_factory=dict)
+    step: int = 0
+    samples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    data: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    hash: str = ""
+    weights_sha256: str = ""
+    version: str = __version__
+    format: int = FORMAT
+
+
+def save(run: Path, model: nn.Module, manifest: Manifest) -> Path:
+    """Write ``model`` as ``run/artifact-STEP/`` and point ``run/artifact`` at it; both appear complete or not at all."""
+    final = run / f"artifact-{manifest.step:08d}"
+    draft = final.with_name(final.name + ".tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, draft / WEIGHTS)
+    manifest.weights_sha256 = _sha256(draft / WEIGHTS)
+    manifest.hash = content_hash(manifest)
+    (draft / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    (draft / "config.yaml").write_text(yaml.safe_dump(manifest.settings, sort_keys=False))
+    for path in [*draft.iterdir(), draft]:
+        _fsync(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(draft, final)
+    link = run / "artifact.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, run / "artifact")
+    _fsync(run)
+    _drop_older(run, keep=final.name)
+    return final
+
+
+def load(folder: Path | str, *, kind: str | None = None) -> tuple[nn.Module, Manifest]:
+    """The model of a run or artifact folder, in eval mode on the CPU, with its manifest.
+
+    Raises :class:`ArtifactError` where the folder, a file or a weight is missing, altered, of another kind or newer than
+    this version.
+    """
+    from unclip.models import build
+
+    manifest = read_manifest(folder, kind=kind)
+    path = locate(folder)
+    if _sha256(path / WEIGHTS) != manifest.weights_sha256:
+        raise ArtifactError(
+            f"{path / WEIGHTS} is not the file that {MANIFEST} describes: it was altered or cut short. "
+            "Copy the artifact again or train the stage again."
+        )
+    model = build(_config(manifest, path), Interface(**manifest.interface))
+    try:
+        model.load_state_dict(load_file(path / WEIGHTS), strict=True)
+    except (RuntimeError, ValueError) as error:
+        raise ArtifactError(f"{path / WEIGHTS} does not fit the model in {MANIFEST}: {error}") from error
+    return model.eval().requires_grad_(False), manifest
+
+
+def read_manifest(folder: Path | str, *, kind: str | None = None) -> Manifest:
+    """The manifest of a run or artifact folder; raises :class:`ArtifactError` as :func:`load` does."""
+    path = locate(folder)
+    try:
+        raw = json.loads((path / MANIFEST).read_text())
+        manifest = Manifest(**raw)
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"{path / MANIFEST} is damaged ({error}); train the stage again or copy it again") from error
+    if manifest.format > FORMAT:
+        raise ArtifactError(f"{path} has format {manifest.format}; this unclip {__version__} reads up to {FORMAT}: upgrade it")
+    if kind is not None and manifest.kind != kind:
+        raise ArtifactError(f"{path} is a {manifest.kind} artifact where a {kind} is needed; pass the {kind} run's folder")
+    if content_hash(manifest) != manifest.hash:
+        raise ArtifactError(f"{path / MANIFEST} was altered after it was written; copy the artifact again")
+    if not (path / WEIGHTS).is_file():
+        raise ArtifactError(f"{path / WEIGHTS} is missing; copy the whole artifact folder again")
+    return manifest
+
+
+def locate(folder: Path | str) -> Path:
+    """The artifact folder behind a run folder or an artifact folder."""
+    folder = Path(folder)
+    for candidate in (folder / "artifact", folder):
+        if (candidate / MANIFEST).is_file():
+            return candidate
+    if not folder.exists():
+        raise ArtifactError(f"{folder} does not exist; give the run folder of a finished stage")
+    raise ArtifactError(f"{folder} holds no artifact: the stage has not finished, or this is not a run folder")
+
+
+def content_hash(manifest: Manifest) -> str:
+    """sha256 over the weights and everything that gives them meaning; statistics and metrics stay outside."""
+    meaning = [manifest.kind, manifest.model, manifest.config, manifest.interface, manifest.parents, manifest.weights_sha256]
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+
+def _config(manifest: Manifest, path: Path) -> Any:
+    from unclip.models import REGISTRY
+
+    if manifest.model not in REGISTRY:
+        raise ArtifactError(f"{path} holds a '{manifest.model}'; this unclip {__version__} knows {', '.join(REGISTRY)}")
+    return from_plain(manifest.config, REGISTRY[manifest.model][0])
+
+
+def _drop_older(run: Path, keep: str) -> None:
+    for old in run.glob("artifact-*"):
+        if old.name != keep:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(model: nn.Module) -> dict[str, int]:
+    """Parameters, trainable parameters and bytes of a model."""
+    parameters = list(model.parameters())
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "bytes": sum(p.numel() * torch.tensor([], dtype=p.dtype).element_size() for p in parameters),
+    }

@@ -1,0 +1,206 @@
+"""What happens around training steps: progress, metrics, sheets, checkpoints, the time limit and signals."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from unclip.evaluation.sheet import draw_table, save_picture
+from unclip.stages.base import Stage
+
+log = logging.getLogger(__name__)
+
+
+class JsonlLogger(Logger):
+    """``metrics.jsonl``: one JSON object a line with ``step``, ``seconds`` and the metrics.
+
+    A resumed run first drops the lines beyond its checkpoint, so every step stands there once.
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        super().__init__()
+        self.path = path
+        self._start = time.monotonic()
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
+            path.write_text("".join(line + "\n" for line in kept))
+
+    @property
+    def name(self) -> str:
+        return "jsonl"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        values = {k: float(v) for k, v in metrics.items() if k != "epoch"}
+        if values:
+            row = {"step": step, "seconds": round(time.monotonic() - self._start, 2), **values}
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The settings stand in ``config.yaml``."""
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):
+        return float("inf")  # a line cut short by a crash
+
+
+class Metrics(pl.Callback):
+    """Every ``log_every`` steps: training losses, gradient norm, learning rate, samples per second."""
+
+    def __init__(self) -> None:
+        self._clock, self._count = 0.0, 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clock, self._count = time.monotonic(), 0
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self._count += 1
+        if trainer.global_step % pl_module.trainer_cfg.log_every:
+            return
+        values = pl_module.averages(self._count)
+        now = time.monotonic()
+        values["train/samples_per_second"] = self._count * pl_module.trainer_cfg.batch_size / (now - self._clock)
+        values["train/lr"] = pl_module.adamw.param_groups[0]["lr"]
+        self._clock, self._count = now, 0
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clock = time.monotonic()
+
+
+class SampleSheet(pl.Callback):
+    """Every ``sample_every`` steps: pictures for the first validation captions, by the averaged weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        if trainer.global_step % pl_module.trainer_cfg.sample_every == 0:
+            self.draw(trainer, pl_module)
+
+    @rank_zero_only
+    def draw(self, trainer: pl.Trainer, stage: Stage) -> Path | None:
+        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+        batch = next(iter(loader)).first(stage.trainer_cfg.num_samples).to(stage.device)
+        stage.eval()
+        with torch.no_grad(), stage.adamw.ema_weights(), trainer.precision_plugin.forward_context():
+            rows = stage.sheet(batch)
+        stage.train()
+        if not rows:
+            return None
+        table = [(row.caption, [p.permute(1, 2, 0).numpy() for p in row.pictures]) for row in rows]
+        picture = draw_table(table, stage.columns)
+        path = self.folder / f"step-{trainer.global_step:08d}.png"
+        save_picture(picture, path)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("sheet", [picture], step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("sheet", np.asarray(picture), trainer.global_step, dataformats="HWC")
+        return path
+
+
+class Checkpoint(pl.Callback):
+    """``last.ckpt`` every ``checkpoint_every`` steps, replaced in one move: a kill at any moment leaves a whole one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        if trainer.global_step % pl_module.trainer_cfg.checkpoint_every == 0:
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        draft = self.path.with_suffix(".tmp")
+        trainer.save_checkpoint(draft)
+        if trainer.is_global_zero:
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(draft, self.path)
+
+
+class StopOnLimitOrSignal(pl.Callback):
+    """Ends training at ``max_minutes``; on SIGINT or SIGTERM saves at the next step's end and stops.
+
+    The handler only sets a flag: saving inside it can hang a distributed run.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        agree = trainer.strategy.reduce_boolean_decision
+        if agree(self.received is not None, all=False):
+            self.checkpoint.save(trainer)
+            trainer.should_stop = True
+        elif agree(pl_module.progress >= 1, all=False):
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+class ProgressBar(pl.Callback):
+    """A rich bar with the loss and the time left on a terminal; log lines elsewhere."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._bar: Progress | None = None
+        self._next_line = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero and sys.stderr.isatty():
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
+            self._bar = Progress(*columns, *times, transient=False)
+            self._bar.add_task(self.title, total=1.0, loss="")
+            self._bar.start()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        if self._bar is not None:
+            text = f"step {trainer.global_step}"
+            self._bar.update(self._bar.task_ids[0], completed=pl_module.progress, loss=text)
+        elif trainer.is_global_zero and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + 30
+            left = pl_module.seconds * (1 - pl_module.progress) / max(pl_module.progress, 1e-9)
+            log.info("%s: step %d, %.0f %%, %.0f s left", self.title, trainer.global_step, 100 * pl_module.progress, left)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,135 @@
+"""The ``unclip`` command: data, imports, pictures and reports."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from unclip.errors import ConfigError, UnclipError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+data = typer.Typer(no_args_is_help=True, help="Make data sets: webdataset shards with an index.")
+imports = typer.Typer(no_args_is_help=True, help="Turn foreign weights into artifacts.")
+app.add_typer(data, name="data")
+app.add_typer(imports, name="import")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
+Runs = Annotated[Path, typer.Option("--from", help="Folder with the runs clip, prior, decoder and upsampler*.")]
+
+
+def main() -> None:
+    """Run the command line; errors for users end in one message and exit code 1."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    try:
+        app()
+    except UnclipError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(1) from None
+
+
+@data.command()
+def shapes(
+    out: Out,
+    num: Annotated[int, typer.Option(help="Training pictures.")] = 20_000,
+    size: Annotated[int, typer.Option(help="Side in pixels.")] = 64,
+    seed: Seed = 0,
+    objects: Annotated[str, typer.Option(help="Objects a picture, as LOW-HIGH, up to 8.")] = "1-2",
+    signs: Annotated[float, typer.Option(help="Share of pictures that hold a sign with a word.")] = 0.0,
+) -> None:
+    """Generated scenes of coloured solids with captions; nothing is downloaded."""
+    from unclip.data.shapes import write_shapes
+
+    low, dash, high = objects.partition("-")
+    if not low.isdigit() or (dash and not high.isdigit()):
+        raise ConfigError(f"--objects {objects} is not a range such as 1-2")
+    write_shapes(out, num=num, size=size, seed=seed, objects=(int(low), int(high or low)), signs=signs)
+
+
+@data.command()
+def emoji(
+    out: Out,
+    sizes: Annotated[str, typer.Option(help="Sides in pixels, comma-separated: 64,256 or 64,256,1024.")] = "64,256",
+    seed: Seed = 0,
+    tones: Annotated[bool, typer.Option(help="Also the variants by skin tone.")] = False,
+) -> None:
+    """Real pictures: Noto, Twemoji and Fluent emoji with their names as captions, fetched with npm."""
+    from unclip.data.emoji import write_emoji
+
+    if not all(part.isdigit() for part in sizes.split(",")):
+        raise ConfigError(f"--sizes {sizes} is not a list of sides such as 64,256")
+    write_emoji(out, sizes=tuple(int(part) for part in sizes.split(",")), seed=seed, tones=tones)
+
+
+@imports.command("clip")
+def import_clip(
+    name: Annotated[str, typer.Argument(help="An open_clip model name, such as ViT-B-32.")],
+    pretrained: Annotated[str, typer.Option(help="A pretrained tag, or a local .pt or .safetensors file.")],
+    out: Out,
+) -> None:
+    """Make a CLIP artifact from pretrained weights, without training."""
+    from unclip.artifact import Manifest, save
+    from unclip.config import to_plain
+    from unclip.models.clip import CLIP, CLIPConfig
+
+    cfg = CLIPConfig(name=name, pretrained=pretrained)
+    model = CLIP(cfg)
+    model.fit()
+    folder = save(out, model, Manifest("clip", "clip", to_plain(cfg), to_plain(model.interface())))
+    typer.echo(f"wrote {folder}")
+
+
+@app.command()
+def generate(
+    runs: Runs,
+    out: Out,
+    captions: Annotated[list[str] | None, typer.Argument(help="Captions, each in quotes.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File with a caption a line.")] = None,
+    num: Annotated[int, typer.Option(help="Pictures a caption.")] = 4,
+    seed: Seed = 0,
+    candidates: Annotated[int | None, typer.Option(help="z_i drawn by the prior, the best by z_t is kept.")] = None,
+    prior_steps: Annotated[int | None, typer.Option(help="Sampling steps of the prior.")] = None,
+    prior_guidance: Annotated[float | None, typer.Option(help="Guidance scale of the prior.")] = None,
+    decoder_steps: Annotated[int | None, typer.Option(help="Sampling steps of the decoder.")] = None,
+    decoder_guidance: Annotated[float | None, typer.Option(help="Guidance scale of the decoder.")] = None,
+    upsampler_steps: Annotated[int | None, typer.Option(help="Sampling steps of each upsampler.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 16,
+) -> None:
+    """Captions to pictures, with caption, seed and artifact hashes in each PNG, and a contact sheet."""
+    from unclip.cli.pictures import Overrides, write_pictures
+
+    lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else []
+    wanted = [line.strip() for line in [*(captions or []), *lines] if line.strip()]
+    if not wanted:
+        raise ConfigError('give at least one caption, for example "a red cube", or --prompts FILE')
+    overrides = Overrides(candidates, prior_steps, prior_guidance, decoder_steps, decoder_guidance, upsampler_steps)
+    write_pictures(runs, wanted, out, overrides, num=num, seed=seed, batch_size=batch_size)
+
+
+@app.command()
+def verdict(
+    runs: Runs,
+    data_path: Annotated[Path, typer.Option("--data", help="A data set made by `unclip data shapes`.")],
+    out: Out,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 64,
+) -> None:
+    """Draw one picture for each of 256 fixed captions and let the oracle read objects, pairs and relations back."""
+    from unclip.cli.verdict import judge_runs
+
+    judge_runs(runs, data_path, out, seed=seed, batch_size=batch_size)
+
+
+@app.command()
+def report(
+    runs: Annotated[Path, typer.Argument(help="Folder of the runs; report.html and summary.json are written there.")],
+    minutes: Annotated[float, typer.Option(help="The time budget, for the record.")] = 0.0,
+    seconds: Annotated[float, typer.Option(help="Wall-clock seconds spent, for the record.")] = 0.0,
+    cpu_seconds: Annotated[float, typer.Option(help="CPU seconds spent, for the record.")] = 0.0,
+) -> None:
+    """A self-contained report.html of a folder of runs: losses, times, sheets and verdicts."""
+    from unclip.cli.report import write_report
+
+    write_report(runs, {"seconds": seconds, "cpu_seconds": cpu_seconds, "minutes": minutes})

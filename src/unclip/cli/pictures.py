@@ -1,0 +1,95 @@
+"""``unclip generate``: pictures with their history, and a sheet of them."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import typer
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from rich.progress import Progress
+
+from unclip import __version__
+from unclip.evaluation.sheet import draw_gallery, save_picture
+from unclip.models.sampling import DiffusionSampling, PriorSampling
+from unclip.pipeline import Picture, Sampling, UnCLIP
+
+S = TypeVar("S", bound=DiffusionSampling)
+
+
+@dataclass
+class Overrides:
+    """Sampling settings from the command line; None keeps what the artifact says."""
+
+    candidates: int | None = None
+    prior_steps: int | None = None
+    prior_guidance: float | None = None
+    decoder_steps: int | None = None
+    decoder_guidance: float | None = None
+    upsampler_steps: int | None = None
+
+    def apply(self, pipeline: UnCLIP) -> Sampling:
+        """The artifacts' own settings with these in their place."""
+        prior: PriorSampling = pipeline.models["prior"].default_sampling()
+        if self.candidates is not None:
+            prior = replace(prior, num_candidates=self.candidates)
+        upsampler = None
+        if self.upsampler_steps is not None and pipeline.upsamplers:
+            upsampler = _changed(pipeline.models[pipeline.upsamplers[0]].default_sampling(), self.upsampler_steps, None)
+        return Sampling(
+            prior=_changed(prior, self.prior_steps, self.prior_guidance),
+            decoder=_changed(
+                pipeline.models["decoder"].default_sampling(), self.decoder_steps, self.decoder_guidance
+            ),
+            upsampler=upsampler,
+        )
+
+
+def _changed(how: S, steps: int | None, scale: float | None) -> S:
+    if steps is not None:
+        how = replace(how, sampler=replace(how.sampler, num_steps=steps))
+    if scale is not None:
+        how = replace(how, guidance=replace(how.guidance, scale=scale))
+    return how
+
+
+def write_pictures(
+    runs: Path, captions: list[str], out: Path, overrides: Overrides, *, num: int, seed: int, batch_size: int
+) -> None:
+    """Generate, write ``NNNN-caption-seed.png`` files and ``sheet.png`` below ``out``."""
+    pipeline = UnCLIP.load(runs)
+    how = overrides.apply(pipeline)
+    drawn = []
+    with Progress(transient=True) as bar:
+        task = bar.add_task("pictures", total=len(captions) * num)
+        pictures = pipeline.generate(
+            captions,
+            num=num,
+            seed=seed,
+            how=how,
+            batch_size=batch_size,
+            progress=lambda done, total: bar.update(task, completed=done),
+        )
+        for i, picture in enumerate(pictures):
+            image = Image.fromarray(picture.image.permute(1, 2, 0).numpy())
+            _save(image, picture, out / f"{i:04d}-{_slug(picture.caption)}-{picture.seed}.png")
+            drawn.append((picture.caption, picture.image.permute(1, 2, 0).numpy()))
+    save_picture(draw_gallery(drawn, per_row=max(num, 4)), out / "sheet.png")
+    typer.echo(f"wrote {len(drawn)} pictures of {pipeline.size} pixels and sheet.png to {out}")
+
+
+def _save(image: Image.Image, picture: Picture, path: Path) -> None:
+    info = PngInfo()
+    history = {"caption": picture.caption, "seed": picture.seed, "artifacts": picture.artifacts, "version": __version__}
+    info.add_itxt("unclip", json.dumps(history))
+    info.add_itxt("Description", picture.caption)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    image.save(draft, format="PNG", pnginfo=info)
+    draft.replace(path)
+
+
+def _slug(caption: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:48] or "caption"

@@ -1,0 +1,104 @@
+"""The Hydra commands: train-clip, train-prior, train-decoder, train-upsampler and unclip-embed."""
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+
+from unclip.errors import UnclipError
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+def train_clip() -> None:
+    """Train or fine-tune a CLIP."""
+
+    def run(raw: DictConfig) -> Any:
+        from unclip.config import typed
+        from unclip.train import ClipTrainConfig, train
+
+        return train(typed(raw, ClipTrainConfig))
+
+    _main("train_clip", run)
+
+
+def embed() -> None:
+    """Write z_i, z_t and token ids of a data set with a CLIP artifact."""
+
+    def run(raw: DictConfig) -> Any:
+        from unclip.config import typed
+        from unclip.data.embed import EmbedConfig, embed
+
+        return embed(typed(raw, EmbedConfig))
+
+    _main("embed", run)
+
+
+def train_prior() -> None:
+    """Train a prior: caption to z_i."""
+
+    def run(raw: DictConfig) -> Any:
+        from unclip.config import typed
+        from unclip.train import PriorTrainConfig, train
+
+        return train(typed(raw, PriorTrainConfig))
+
+    _main("train_prior", run)
+
+
+def train_decoder() -> None:
+    """Train a decoder: z_i (and the caption) to a picture."""
+
+    def run(raw: DictConfig) -> Any:
+        from unclip.config import typed
+        from unclip.train import DecoderTrainConfig, train
+
+        return train(typed(raw, DecoderTrainConfig))
+
+    _main("train_decoder", run)
+
+
+def train_upsampler() -> None:
+    """Train an upsampler: a small picture to a larger one."""
+
+    def run(raw: DictConfig) -> Any:
+        from unclip.config import typed
+        from unclip.train import UpsamplerTrainConfig, train
+
+        return train(typed(raw, UpsamplerTrainConfig))
+
+    _main("train_upsampler", run)
+
+
+def _main(root: str, run: Callable[[DictConfig], Any]) -> None:
+    """Compose ``conf/ROOT.yaml`` with the command line and run; errors for users end in one message and exit code 1."""
+    sys.argv[1:] = [forced(argument) for argument in sys.argv[1:]]
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=root)
+    def command(raw: DictConfig) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+        for noisy in ("pytorch_lightning", "lightning", "lightning.pytorch"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        try:
+            run(raw)
+        except UnclipError as error:
+            sys.stderr.write(f"error: {error}\n")
+            raise SystemExit(1) from None
+
+    command()
+
+
+def forced(argument: str) -> str:
+    """``net.widht=1`` as ``++net.widht=1``: Hydra then passes every key on, and ours is the one that refuses it.
+
+    Hydra alone would suggest ``+net.widht=1`` for a misspelt key, which it then accepts and nobody reads.
+    """
+    key, equals, _ = argument.partition("=")
+    groups = {folder.name for folder in CONF.iterdir() if folder.is_dir()}
+    if not equals or key.startswith(("-", "~", "++", "hydra")) or key.split("@")[0] in groups:
+        return argument
+    return "++" + argument.lstrip("+") if key.lstrip("+") not in groups else argument

@@ -1,0 +1,235 @@
+"""Typed configuration: YAML and command line in, dataclasses out, nothing undeclared let through.
+
+Hydra composes ``conf/``; :func:`typed` turns the result into one of the dataclasses below and refuses every key that no
+dataclass declares, also those forced in with ``+key=value``.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from unclip.errors import ConfigError
+
+T = TypeVar("T")
+FREE = {"free": True}  # metadata of a field that may change between a run and its resumption
+
+
+class Precision(Enum):
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Decay(Enum):
+    constant = "constant"
+    cosine = "cosine"
+    linear = "linear"
+
+
+class LoggerName(Enum):
+    none = "none"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with decoupled weight decay on matrices only, warm-up and decay, clipping and EMA.
+
+    ``lr`` is reached after ``warmup_steps`` and then decays over the run to ``final_lr`` x lr. ``grad_clip`` is the
+    largest global gradient norm (0: no clipping). ``ema_decay`` is the limit of the EMA decay; early on it is
+    (1 + step) / (10 + step), so short runs are not averaged with their initialisation (0: no EMA).
+    """
+
+    lr: float = 1.2e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup_steps: int = 1000
+    decay: Decay = Decay.constant
+    final_lr: float = 0.0
+    grad_clip: float = 1.0
+    ema_decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(f"optim.lr={self.lr} must be positive")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"optim.ema_decay={self.ema_decay} must lie in [0, 1); 0 switches the EMA off")
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how precisely and on what a stage trains.
+
+    ``batch_size`` is the global batch: samples per optimiser step over all devices. A run ends at ``max_steps`` or after
+    ``max_minutes`` of training, whichever comes first; the learning-rate decay follows the nearer of the two ends.
+    A run limited by time is not reproducible to the bit, since the number of its steps depends on the machine.
+    """
+
+    max_steps: int = 100_000
+    max_minutes: float | None = field(default=None, metadata=FREE)
+    batch_size: int = 256
+    precision: Precision = Precision.bf16
+    channels_last: bool = field(default=True, metadata=FREE)
+    compile: bool = field(default=False, metadata=FREE)
+    accelerator: str = field(default="auto", metadata=FREE)
+    devices: int = field(default=1, metadata=FREE)
+    num_nodes: int = field(default=1, metadata=FREE)
+    strategy: str = field(default="auto", metadata=FREE)
+    log_every: int = field(default=20, metadata=FREE)
+    val_every: int = field(default=1000, metadata=FREE)
+    sample_every: int = field(default=5000, metadata=FREE)
+    checkpoint_every: int = field(default=1000, metadata=FREE)
+    num_samples: int = field(default=16, metadata=FREE)
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ConfigError(f"trainer.max_steps={self.max_steps} must be at least 1")
+        if self.batch_size % (self.devices * self.num_nodes):
+            raise ConfigError(
+                f"trainer.batch_size={self.batch_size} is the global batch; it must be a multiple of "
+                f"devices x nodes = {self.devices * self.num_nodes}"
+            )
+
+
+@dataclass
+class LoggerConfig:
+    """``metrics.jsonl`` is always written; ``name`` adds TensorBoard or wandb. ``offline`` keeps wandb on this machine."""
+
+    name: LoggerName = field(default=LoggerName.tensorboard, metadata=FREE)
+    project: str = field(default="unclip", metadata=FREE)
+    offline: bool = field(default=False, metadata=FREE)
+
+
+def typed(raw: DictConfig, cls: type[T]) -> T:
+    """Build dataclass ``cls`` from a composed configuration.
+
+    Raises :class:`ConfigError` for a key that ``cls`` does not declare (with the nearest declared name), for a value of
+    the wrong type, for a missing mandatory value, and for whatever the dataclasses' own ``__post_init__`` refuse.
+    """
+    plain = OmegaConf.to_container(raw, resolve=True)
+    assert isinstance(plain, dict)
+    _refuse_missing(plain)
+    return _build(plain, cls, path="")
+
+
+def _refuse_missing(node: Any, path: str = "") -> None:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            _refuse_missing(value, f"{path}.{key}".lstrip("."))
+    elif node == "???":
+        raise ConfigError(f"{path} is not set; give it on the command line: {path}=...")
+
+
+def _build(raw: dict[str, Any], cls: type[T], path: str) -> T:
+    """Fill the fields of ``cls``; a field that holds a base class picks the subclass named by the key ``kind``."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for key, value in raw.items():
+        name = f"{path}.{key}".lstrip(".")
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(fields))}"
+            raise ConfigError(f"unknown option '{name}'; {hint}")
+        values[key] = _value(value, hints[key], name)
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from error
+
+
+def _value(value: Any, hint: Any, name: str) -> Any:
+    """Convert one value to its declared type through OmegaConf's own conversion rules."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = [a for a in args if a is not type(None)]
+        return _value(value, hint, name)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} must be a group of settings, not {value!r}")
+        return _build(value, _subclass(hint, value, name), name)  # type: ignore[arg-type]
+    if origin is list:
+        if not isinstance(value, list):
+            raise ConfigError(f"{name} must be a list, not {value!r}")
+        return [_value(v, args[0], f"{name}[{i}]") for i, v in enumerate(value)]
+    if origin is tuple:
+        if not isinstance(value, list) or len(value) != len(args):
+            raise ConfigError(f"{name} must be a list of {len(args)} values, not {value!r}")
+        return tuple(_value(v, a, f"{name}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} must be a mapping, not {value!r}")
+        return {k: _value(v, args[1], f"{name}.{k}") for k, v in value.items()}
+    return _scalar(value, hint, name)
+
+
+def _scalar(value: Any, hint: Any, name: str) -> Any:
+    holder = dataclasses.make_dataclass("Holder", [("value", hint)])
+    try:
+        node = OmegaConf.merge(OmegaConf.structured(holder), {"value": value})
+        return node.value
+    except OmegaConfBaseException as error:
+        if isinstance(hint, type) and issubclass(hint, Enum):
+            choices = ", ".join(member.name for member in hint)
+            raise ConfigError(f"{name}={value!r} is not one of: {choices}") from error
+        raise ConfigError(f"{name}={value!r} is not a valid {getattr(hint, '__name__', hint)}") from error
+
+
+def _subclass(base: type, value: dict[str, Any], name: str) -> type:
+    """The dataclass to build for a field of type ``base``: ``kind: decoder`` names a registered model."""
+    from unclip.models import REGISTRY
+    from unclip.models.interface import ModelConfig
+
+    if not issubclass(base, ModelConfig):
+        return base
+    kind = value.pop("kind", None)
+    if kind not in REGISTRY:
+        raise ConfigError(f"{name}.kind={kind!r} is not a model; known: {', '.join(sorted(REGISTRY))}")
+    config = REGISTRY[kind][0]
+    if not issubclass(config, base):
+        fitting = ", ".join(sorted(k for k, (c, _) in REGISTRY.items() if issubclass(c, base)))
+        raise ConfigError(f"{name}.kind={kind} does not fit this command; choose one of: {fitting}")
+    return config
+
+
+def to_plain(config: Any) -> Any:
+    """Dataclasses and enums to what JSON and YAML can hold; the reverse of :func:`from_plain`."""
+    if dataclasses.is_dataclass(config) and not isinstance(config, type):
+        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Enum):
+        return config.name
+    if isinstance(config, dict):
+        return {k: to_plain(v) for k, v in config.items()}
+    if isinstance(config, (list, tuple)):
+        return [to_plain(v) for v in config]
+    return config
+
+
+def from_plain(raw: dict[str, Any], cls: type[T]) -> T:
+    """Rebuild dataclass ``cls`` from :func:`to_plain`'s output; raises :class:`ConfigError` as :func:`typed` does."""
+    return _build(dict(raw), cls, path="")
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """The settings that define a run, dotted name to value: all fields but those marked free."""
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        if f.metadata.get("free"):
+            continue
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            found |= {f"{f.name}.{k}": v for k, v in identity(value).items()}
+        else:
+            found[f.name] = to_plain(value)
+    return found

@@ -1,0 +1,1 @@
+"""Captioned pictures and their embeddings, in one order."""

@@ -1,0 +1,53 @@
+"""What a training step gets: one batch of samples of the endless stream."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Batch:
+    """B samples; a column that the stage did not ask for is None.
+
+    ``image`` (B, 3, H, W) uint8; ``tokens`` (B, L) int64, zero after the end-of-text token, trimmed to the batch's longest
+    caption; ``image_emb`` and ``text_emb`` (B, D) float32, the raw outputs of CLIP (not unit-norm); ``text_seq``
+    (B, L, W), the caption's token states; ``position``: each sample's place in the endless stream, the seed of its noise.
+    """
+
+    key: list[str] = field(default_factory=list)
+    position: list[int] = field(default_factory=list)
+    caption: list[str] = field(default_factory=list)
+    image: Tensor | None = None
+    tokens: Tensor | None = None
+    image_emb: Tensor | None = None
+    text_emb: Tensor | None = None
+    text_seq: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    @property
+    def text_mask(self) -> Tensor | None:
+        """(B, L) bool, true up to and including the end-of-text token, which has the largest id of the vocabulary."""
+        if self.tokens is None:
+            return None
+        return caption_mask(self.tokens)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch with its tensors on ``device``; the lists stay on the host."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The batch in page-locked memory, for asynchronous copies to a GPU."""
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        columns = {f.name: value for f in fields(self) if isinstance(value := self.__dict__[f.name], Tensor)}
+        return replace(self, **{name: function(value) for name, value in columns.items()})
+
+
+def caption_mask(tokens: Tensor) -> Tensor:
+    """(B, L) bool, true up to and including the end-of-text token. Padding is 0, which is also a real token ("!")."""
+    return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(dim=1, keepdim=True)

@@ -1,0 +1,131 @@
+"""`unclip data shapes`: captioned pictures of coloured solids, written as shards.
+
+DIR/train holds what is trained on, DIR/val fresh scenes of the same kind, DIR/test scenes whose pairs are never trained on, and
+DIR/verdict the fixed examination. The bytes depend on the arguments only, not on the number of workers.
+"""
+
+import io
+import itertools
+import logging
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from unclip.data.shapes_render import render
+from unclip.data.shapes_scene import Scene, Solid, draw_scene, is_held_out, verdict_scenes
+from unclip.errors import ConfigError
+
+__all__ = ["Solid", "draw_scene", "is_held_out", "render", "verdict_scenes", "write_shapes"]
+
+_log = logging.getLogger(__name__)
+_CHUNK = 250  # pictures per task of a worker
+_SPLITS = {"train": 0, "val": 1, "test": 2, "verdict": 3}
+
+_Row = tuple[str, bytes, str, dict[str, Any]]  # key, PNG, caption, ground truth
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One split, with everything that decides its bytes."""
+
+    split: str
+    num: int
+    size: int
+    seed: int
+    objects: tuple[int, int]
+    signs: float
+
+    def scene(self, index: int) -> Scene:
+        if self.split == "verdict":
+            return verdict_scenes()[index]
+        rng = np.random.default_rng([self.seed, _SPLITS[self.split], index])
+        return draw_scene(rng, self.objects, self.signs, held_out=self.split == "test")
+
+
+def encode_png(picture: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=4)
+    return buffer.getvalue()
+
+
+def _rows(job: _Job, start: int) -> list[_Row]:
+    """The rows [start, start + _CHUNK) of the split."""
+    rows: list[_Row] = []
+    for index in range(start, min(start + _CHUNK, job.num)):
+        scene = job.scene(index)
+        rows.append((f"{index:08d}", encode_png(render(scene, job.size)), scene.caption, scene.metadata()))
+    return rows
+
+
+def _check(num: int, size: int, objects: tuple[int, int], signs: float) -> None:
+    if num < 1:
+        raise ConfigError(f"--num is {num}; ask for at least one picture")
+    if size < 16:
+        raise ConfigError(f"--size is {size}; below 16 pixels the solids cannot be told apart")
+    if not 1 <= objects[0] <= objects[1] <= 8:
+        raise ConfigError(f"--objects is {objects[0]}-{objects[1]}; give a range within 1-8, smaller number first")
+    if not 0.0 <= signs <= 1.0:
+        raise ConfigError(f"--signs is {signs}; it is a share of the scenes, between 0 and 1")
+
+
+def _can_spawn() -> bool:
+    """Spawned processes import the main module again, which a program read from standard input does not allow."""
+    main = vars(sys.modules["__main__"]).get("__file__")
+    return main is None or Path(main).exists()
+
+
+def _write_split(job: _Job, out: Path, pool: ProcessPoolExecutor | None, progress: Progress) -> None:
+    from unclip.data.shards import ShardWriter  # not at the top: it loads webdataset, which workers do without
+
+    task = progress.add_task(f"{job.split}", total=job.num)
+    starts = range(0, job.num, _CHUNK)
+    chunks: Iterator[list[_Row]] = map(partial(_rows, job), starts) if pool is None else pool.map(partial(_rows, job), starts)
+    began = time.monotonic()
+    with ShardWriter(out / job.split) as writer:
+        for row in itertools.chain.from_iterable(chunks):
+            writer.write(*row)
+            progress.advance(task)
+    _log.info("%s: %d pictures of %d px in %.1f s", out / job.split, job.num, job.size, time.monotonic() - began)
+
+
+def write_shapes(
+    out: Path,
+    *,
+    num: int,
+    size: int = 64,
+    seed: int = 0,
+    objects: tuple[int, int] = (1, 2),
+    signs: float = 0.0,
+    workers: int | None = None,
+) -> None:
+    """Writes `out`/{train,val,test,verdict} with `num` training pictures of `size` pixels; val and test hold num/20, at least 64.
+
+    `objects` is the range of solids a scene (within 1 to 8), `signs` the share of scenes with a word on a sign. `workers` are
+    processes (default: one per core). The verdict split depends on `size` alone. Raises ConfigError for values out of range.
+    """
+    _check(num, size, objects, signs)
+    few = max(num // 20, 64)
+    nums = {"train": num, "val": few, "test": few, "verdict": len(verdict_scenes())}
+    workers = workers or os.cpu_count() or 1
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        progress.disable = not progress.console.is_terminal
+        if workers == 1 or num < 4 * _CHUNK or not _can_spawn():
+            for split, count in nums.items():
+                _write_split(_Job(split, count, size, seed, objects, signs), out, None, progress)
+            return
+        # Spawned, not forked: the caller may hold threads (torch), which a fork would copy half.
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+            for split, count in nums.items():
+                _write_split(_Job(split, count, size, seed, objects, signs), out, pool, progress)

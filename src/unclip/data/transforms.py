@@ -1,0 +1,58 @@
+"""Encoded pictures to uint8 tensors. No flips and no random crops: captions speak of left and right."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from unclip.errors import DataError
+
+
+def load_image(content: bytes, size: int | None = None) -> Tensor:
+    """Decode a png, jpg or webp file to (3, H, W) uint8 RGB; with ``size``, cut to a size x size square.
+
+    Transparency is laid on white, the camera's orientation is applied, grey, palette, CMYK and 16-bit pictures become RGB.
+    Raises DataError when the file is damaged.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if size is not None:
+                image.draft("RGB", (2 * size, 2 * size))  # JPEG decodes straight to a fraction of its size; else no effect
+            picture = to_rgb(ImageOps.exif_transpose(image))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"the picture cannot be decoded ({error})") from error
+    return to_tensor(picture if size is None else square(picture, size))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture in mode RGB; transparent parts become white."""
+    if image.mode.startswith("I"):  # 16-bit grey: PIL would clip, not scale, the values
+        grey = np.asarray(image).astype(np.float32).clip(0, 65535) / 257
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        layers = image.convert("RGBA")
+        white = Image.new("RGBA", layers.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, layers).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The central square, resized to ``size`` pixels a side (bicubic, antialiased)."""
+    side = min(image.size)
+    left, top = ((length - side) // 2 for length in image.size)
+    box = (left, top, left + side, top + side)
+    if side == size:
+        return image if image.size == (size, size) else image.crop(box)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8 of an RGB picture."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """PIL picture of a (3, H, W) uint8 tensor."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())

@@ -1,0 +1,276 @@
+"""Training losses of a diffusion model, and the denoiser that samplers call."""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from unclip.diffusion.guidance import Guidance, Threshold
+from unclip.diffusion.noise import Noise
+from unclip.diffusion.schedule import NoiseSchedule, ScheduleName, make_schedule
+
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, sec. 3.4
+VLB_WEIGHT = 0.001  # lambda of L_hybrid (Nichol & Dhariwal 2021, eq. 16)
+
+
+class Predict(Enum):
+    """What the network's output means; v = alpha eps - sigma x0 (Salimans & Ho 2022)."""
+
+    eps = "eps"
+    x0 = "x0"
+    v = "v"
+
+
+class Weighting(Enum):
+    """Weight of the squared error at each step: 1 (Ho et al. 2020, eq. 14), or Min-SNR-5 (Hang et al. 2023)."""
+
+    simple = "simple"
+    min_snr = "min_snr"
+
+
+class Timesteps(Enum):
+    """How training steps are drawn: independently, or spread evenly over neighbouring samples of the stream."""
+
+    uniform = "uniform"
+    low_discrepancy = "low_discrepancy"
+
+
+@dataclass
+class DiffusionConfig:
+    """A diffusion model, apart from its network. Raises ValueError for settings that contradict each other."""
+
+    schedule: ScheduleName = ScheduleName.cosine
+    num_timesteps: int = 1000
+    predict: Predict = Predict.eps
+    learned_variance: bool = False
+    """The network has 2C output channels: the prediction, then the variance's place v in [-1, 1] between its bounds."""
+    weighting: Weighting = Weighting.simple
+    timesteps: Timesteps = Timesteps.uniform
+    clip_range: float | None = None
+    """Predicted x0 is limited to [-clip_range, clip_range] in sampling: 1.0 for pictures; None: unlimited."""
+    float32_tables: bool = False
+    """Compute the schedule in float32, as Karlo and diffusers do: for models imported from there."""
+
+    def __post_init__(self) -> None:
+        if self.num_timesteps < 1:
+            raise ValueError(f"num_timesteps is {self.num_timesteps}; a schedule needs at least one, usually 1000")
+        if self.clip_range is not None and self.clip_range <= 0:
+            raise ValueError(
+                f"clip_range is {self.clip_range}; give the data's largest |x0| (1.0 for pictures) or null"
+            )
+        if self.learned_variance and self.clip_range != 1.0:
+            raise ValueError(
+                "learned_variance scores step 0 as the likelihood of 8-bit pixels in [-1, 1]: "
+                "set clip_range=1.0 for pictures, or learned_variance=false for embeddings"
+            )
+        if ScheduleName(self.schedule) is ScheduleName.cosine_zero_snr:
+            if self.predict is Predict.eps:
+                raise ValueError("eps says nothing about x0 at zero SNR: set predict=v or x0, or schedule=cosine")
+            if self.weighting is Weighting.min_snr:
+                raise ValueError("min_snr never trains the zero-SNR step: set weighting=simple, or schedule=cosine")
+
+
+class Context(Protocol):
+    """What a network's `prepare` made of the conditions. For guidance: 2B rows, the conditional ones first."""
+
+    def first(self, count: int, /) -> Any: ...
+
+
+class Net(Protocol):
+    """A network's forward: x_t (B, ...), timestep (B,) or (B, K), its context -> prediction, shaped like x_t."""
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, context: Any, /) -> Tensor: ...
+
+
+@dataclass
+class Prediction:
+    """x0 (B, ...) and, for learned variances, log_var of p(x_{t-1} | x_t), shaped alike."""
+
+    x0: Tensor
+    log_var: Tensor | None = None
+
+
+class Denoiser(Protocol):
+    """All that a sampler knows: a schedule of len(schedule) steps, the shape of one sample, and x_t -> x0.
+
+    `step` is a Python int, one for the whole batch, so a sampling loop never waits for the device.
+    """
+
+    schedule: NoiseSchedule
+    shape: tuple[int, ...]
+
+    def __call__(self, x_t: Tensor, step: int) -> Prediction: ...
+
+
+class GaussianDiffusion:
+    """The forward process, the meaning of the network's output, and the losses that follow (Ho et al. 2020)."""
+
+    def __init__(self, cfg: DiffusionConfig) -> None:
+        self.cfg = cfg
+        dtype = torch.float32 if cfg.float32_tables else torch.float64
+        self.schedule = make_schedule(cfg.schedule, cfg.num_timesteps, dtype=dtype)
+
+    def losses(
+        self, net: Net, x0: Tensor, context: Any, noise: Noise, *, num_draws: int | None = None
+    ) -> dict[str, Tensor]:
+        """Scalars whose sum is the training loss: "mse", and "vlb" (weighted) for learned variances.
+
+        x0: (B, ...). num_draws: K noise levels and draws for each sample: the network then sees x_t (B, K, ...) and
+        timestep (B, K) with one context, so only networks that take a K axis support it.
+        """
+        if num_draws is not None and self.cfg.learned_variance:
+            raise ValueError("num_draws is for embeddings; learned variances are for pictures: drop one of the two")
+        self.schedule = schedule = self.schedule.to(x0.device)
+        x0 = x0.float()
+        if num_draws is not None:
+            x0 = x0.unsqueeze(1).expand(-1, num_draws, *x0.shape[1:])
+        step = self.draw_steps(noise, num_draws)
+        eps = noise.normal(tuple(x0.shape[1:]), "eps")
+        x_t = schedule.q_sample(step, x0, eps)
+
+        output, fraction = self.split(net(x_t, schedule.timesteps[step], context))
+        error = (output - self.target(step, x0, eps)) ** 2
+        terms = {"mse": (self.weight(step) * error.flatten(step.ndim).mean(-1)).mean()}
+        if fraction is not None:
+            x0_pred = self.to_x0(schedule, step, output.detach(), x_t)
+            log_var = schedule.interpolated_log_var(step, fraction)
+            bound = variational_bound(schedule, step, x0, x_t, x0_pred, log_var)
+            terms["vlb"] = VLB_WEIGHT * len(schedule) * bound.mean()
+        return terms
+
+    def denoiser(
+        self, net: Net, context: Context, *, shape: tuple[int, ...], num_steps: int, guidance: Guidance | None = None
+    ) -> "NetDenoiser":
+        """The network as samplers see it. shape: one sample's, without the batch; guidance: None is scale 1.
+
+        context: B rows, or for guidance 2B, the conditional ones first. Raises ValueError for too many steps, and for
+        dynamic thresholding of a model without clip_range.
+        """
+        guidance = guidance or Guidance()
+        if guidance.threshold is Threshold.dynamic and self.cfg.clip_range is None:
+            raise ValueError("dynamic thresholding needs a known range: set guidance.threshold=none, or clip_range")
+        return NetDenoiser(self, net, context, shape, self.schedule.respaced(num_steps), guidance)
+
+    def draw_steps(self, noise: Noise, num_draws: int | None = None) -> Tensor:
+        """(B,) or (B, num_draws) int64: training steps, uniform over the schedule."""
+        shape = () if num_draws is None else (num_draws,)
+        low_discrepancy = self.cfg.timesteps is Timesteps.low_discrepancy
+        u = noise.low_discrepancy(shape, "step") if low_discrepancy else noise.uniform(shape, "step")
+        return (u * len(self.schedule)).long().clamp(max=len(self.schedule) - 1)
+
+    def split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Output as float32: the prediction, and the variance's place between its bounds (0 to 1) or None."""
+        if not self.cfg.learned_variance:
+            return output.float(), None
+        prediction, v = output.float().chunk(2, dim=1)
+        return prediction, (v + 1) / 2
+
+    def target(self, step: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+        """What the network should output."""
+        match self.cfg.predict:
+            case Predict.eps:
+                return eps
+            case Predict.x0:
+                return x0
+            case Predict.v:
+                return self.schedule.v_target(step, x0, eps)
+
+    def to_x0(self, schedule: NoiseSchedule, step: int | Tensor, output: Tensor, x_t: Tensor) -> Tensor:
+        """The x0 that the network's output stands for."""
+        match self.cfg.predict:
+            case Predict.eps:
+                return schedule.x0_from_eps(step, output, x_t)
+            case Predict.x0:
+                return output
+            case Predict.v:
+                return schedule.x0_from_v(step, output, x_t)
+
+    def weight(self, step: Tensor) -> Tensor:
+        """The squared error's weight at each step, shaped like step. min(SNR, gamma) is the weight of the error in x0;
+        an error in eps is SNR times, one in v is SNR + 1 times as large (Hang et al. 2023, sec. 3.4)."""
+        snr = self.schedule.snr[step]
+        if self.cfg.weighting is Weighting.simple:
+            return torch.ones_like(snr)
+        match self.cfg.predict:
+            case Predict.eps:
+                return snr.clamp(max=MIN_SNR_GAMMA) / snr
+            case Predict.x0:
+                return snr.clamp(max=MIN_SNR_GAMMA)
+            case Predict.v:
+                return snr.clamp(max=MIN_SNR_GAMMA) / (snr + 1)
+
+
+class NetDenoiser:
+    """A network, its context and its guidance, bound to one respaced schedule."""
+
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,
+        net: Net,
+        context: Context,
+        shape: tuple[int, ...],
+        schedule: NoiseSchedule,
+        guidance: Guidance,
+    ) -> None:
+        self.diffusion, self.net, self.context = diffusion, net, context
+        self.shape, self.schedule, self.guidance = shape, schedule, guidance
+
+    def __call__(self, x_t: Tensor, step: int) -> Prediction:
+        """x_t (B, *shape) at a step of the schedule. One forward: of 2B rows where guidance acts, of B elsewhere."""
+        self.schedule = schedule = self.schedule.to(x_t.device)
+        output, fraction = self._guided(x_t, step) if self._acts(step) else self._plain(x_t, step)
+        x0 = self.diffusion.to_x0(schedule, step, output, x_t)
+        log_var = None if fraction is None else schedule.interpolated_log_var(step, fraction)
+        return Prediction(self.guidance.limit(x0, self.diffusion.cfg.clip_range), log_var)
+
+    def _acts(self, step: int) -> bool:
+        return self.guidance.acts(step, len(self.schedule))
+
+    def _plain(self, x_t: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        timestep = self.schedule.timesteps[step].expand(len(x_t))
+        return self.diffusion.split(self.net(x_t, timestep, self.context.first(len(x_t))))
+
+    def _guided(self, x_t: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
+        """The guided prediction, with the conditional branch's variance: there is no guided one."""
+        timestep = self.schedule.timesteps[step].expand(2 * len(x_t))
+        output, fraction = self.diffusion.split(self.net(torch.cat([x_t, x_t]), timestep, self.context))
+        cond, null = output.chunk(2)
+        return self.guidance.combine(cond, null), None if fraction is None else fraction[: len(x_t)]
+
+
+def variational_bound(
+    schedule: NoiseSchedule, step: Tensor, x0: Tensor, x_t: Tensor, x0_pred: Tensor, log_var: Tensor
+) -> Tensor:
+    """(B,) one term of the variational bound, in bits per dimension (Ho et al. 2020, eq. 5), computed in float32.
+
+    KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), and at step 0 -log p(x0 | x_1), with x0 8-bit pixels in [-1, 1].
+    """
+    true = schedule.posterior(step, x0, x_t)
+    mean = schedule.posterior(step, x0_pred, x_t).mean
+    kl = gaussian_kl(true.mean, true.log_var, mean, log_var).flatten(1).mean(1)
+    nll = -pixel_log_likelihood(x0, mean, log_var).flatten(1).mean(1)
+    return torch.where(step == 0, nll, kl) / math.log(2)
+
+
+def gaussian_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
+    """KL(N(mean_q, e^log_var_q) || N(mean_p, e^log_var_p)) of each element, in nats."""
+    spread = log_var_p - log_var_q + (log_var_q - log_var_p).exp() - 1
+    return 0.5 * (spread + (mean_q - mean_p) ** 2 * (-log_var_p).exp())
+
+
+def pixel_log_likelihood(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
+    """Nats: log N(mean, e^log_var) of the 2/255 wide bin around each 8-bit pixel x in [-1, 1] (Ho et al. 2020, eq. 13).
+
+    The outermost bins reach to infinity. Below 1e-12 the probability counts as 1e-12.
+    """
+    inverse_std = (-0.5 * log_var).exp()
+    upper = (x - mean + 1 / 255) * inverse_std
+    lower = (x - mean - 1 / 255) * inverse_std
+    inside = (torch.special.ndtr(upper) - torch.special.ndtr(lower)).clamp(min=1e-12).log()
+    floor = math.log(1e-12)
+    darkest = torch.special.log_ndtr(upper).clamp(min=floor)
+    brightest = torch.special.log_ndtr(-lower).clamp(min=floor)
+    return torch.where(x < -0.999, darkest, torch.where(x > 0.999, brightest, inside))

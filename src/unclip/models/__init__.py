@@ -1,0 +1,28 @@
+"""The models of every stage: configuration, losses and sampling. One registry rebuilds them from an artifact."""
+
+from typing import Any
+
+from torch import nn
+
+from unclip.models.clip import CLIP, CLIPConfig
+from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
+from unclip.models.interface import Interface, ModelConfig
+from unclip.models.upsampler import Upsampler, UpsamplerConfig
+
+REGISTRY: dict[str, tuple[type[ModelConfig], type[nn.Module]]] = {
+    "clip": (CLIPConfig, CLIP),
+    "diffusion_prior": (DiffusionPriorConfig, DiffusionPrior),
+    "decoder": (DecoderConfig, Decoder),
+    "upsampler": (UpsamplerConfig, Upsampler),
+}
+
+
+def build(config: ModelConfig, interface: Interface) -> Any:
+    """The model that ``config`` describes, freshly initialised."""
+    return REGISTRY[name_of(config)][1](config, interface)
+
+
+def name_of(config: ModelConfig) -> str:
+    """The registry name of a configuration's model."""
+    return next(name for name, (cls, _) in REGISTRY.items() if cls is type(config))

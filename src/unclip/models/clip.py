@@ -1,0 +1,258 @@
+"""CLIP through open_clip: pictures to z_i, captions to z_t and token states.
+
+Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
+"""
+
+import logging
+import math
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unclip.errors import ArtifactError, ConfigError
+from unclip.models.interface import Interface, ModelConfig
+
+if TYPE_CHECKING:
+    from unclip.data.batch import Batch
+    from unclip.diffusion.noise import Noise
+
+log = logging.getLogger(__name__)
+MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training pictures, in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class CLIPConfig(ModelConfig):
+    """Either an architecture of open_clip's registry (``name``, for instance ViT-B-32) or the small one below.
+
+    ``pretrained``: a tag of open_clip (openai, laion2b_s34b_b79k …), or a local .pt or .safetensors file; "" trains from
+    scratch. ``quick_gelu`` None takes what the architecture or the pretrained weights ask for. With a ``name``, the other
+    fields do not apply and must keep their defaults.
+    """
+
+    name: str = ""
+    pretrained: str = ""
+    quick_gelu: bool | None = None
+    embed_dim: int = 256
+    image_size: int = 32
+    patch_size: int = 8
+    vision_width: int = 192
+    vision_layers: int = 4
+    vision_heads: int = 3
+    text_width: int = 192
+    text_layers: int = 3
+    text_heads: int = 3
+    context_length: int = 32
+
+    def __post_init__(self) -> None:
+        if self.name:
+            free = ("name", "pretrained", "quick_gelu")
+            defaults = {key: default.default for key, default in CLIPConfig.__dataclass_fields__.items()}
+            changed = [key for key, value in asdict(self).items() if key not in free and value != defaults[key]]
+            if changed:
+                raise ConfigError(f"model.{changed[0]} has no effect with model.name={self.name}; remove one of the two")
+        elif self.image_size % self.patch_size:
+            raise ConfigError(f"model.image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
+        elif self.vision_width % self.vision_heads or self.text_width % self.text_heads:
+            raise ConfigError("model.vision_width and model.text_width must be multiples of their numbers of heads")
+
+
+class CLIP(nn.Module):
+    """open_clip's model with uint8 pictures in, raw (not unit-norm) embeddings out, and captions cut to their length."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: CLIPConfig, interface: Interface | None = None) -> None:
+        super().__init__()
+        import open_clip
+
+        self.config = config
+        architecture, preprocess = _architecture(config)
+        self.model = open_clip.CLIP(**architecture)
+        self.tokenizer = Tokenizer(self.model.context_length)
+        size = self.model.visual.image_size
+        self.image_size: int = size if isinstance(size, int) else size[0]
+        self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess["std"]).view(1, 3, 1, 1), persistent=False)
+        own = self.interface()
+        if interface is not None and interface.embed_dim and interface != Interface(**{**asdict(own), "clip": interface.clip}):
+            raise ArtifactError(f"the configuration builds a CLIP with {own}, but {interface} is asked for")
+
+    def interface(self) -> Interface:
+        """Widths for the later stages; ``clip`` is empty, the artifact's hash fills it."""
+        return Interface(
+            embed_dim=self.model.text_projection.shape[1],
+            text_width=self.model.token_embedding.embedding_dim,
+            context_length=self.model.context_length,
+            vocab_size=self.model.vocab_size,
+        )
+
+    def fit(self, embeddings: None = None) -> None:
+        """Load the pretrained weights, if any. A CLIP that is rebuilt from an artifact does not come here."""
+        if self.config.pretrained:
+            _load_pretrained(self.model, self.config)
+
+    def finish(self, embeddings: None = None) -> None:
+        """Nothing to do after training."""
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """(B, context_length) int64 token ids, see :class:`Tokenizer`."""
+        return self.tokenizer(captions)
+
+    def encode_image(self, image: Tensor) -> Tensor:
+        """Raw z_i (B, D) of uint8 pictures (B, 3, H, W); other sizes are resized (bicubic, antialiased) and centre-cropped."""
+        x = image.float() / 255
+        if image.shape[-2:] != (self.image_size, self.image_size):
+            x = _resize(x, self.image_size)
+        return self.model.visual((x - self.mean) / self.std)
+
+    def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw z_t (B, D) and the token states after ln_final (B, L, W) of token ids (B, L ≤ context_length).
+
+        The tower is causal, so cutting the padding after the longest caption changes neither.
+        """
+        net, L = self.model, tokens.shape[1]
+        x = net.token_embedding(tokens) + net.positional_embedding[:L]
+        x = net.transformer(x, attn_mask=net.attn_mask[:L, :L])
+        text_seq = net.ln_final(x)
+        end = tokens.argmax(dim=1)  # the end-of-text token has the largest id
+        pooled = text_seq[torch.arange(len(tokens), device=tokens.device), end]
+        return pooled @ net.text_projection, text_seq
+
+    def losses(self, batch: "Batch", noise: "Noise | None" = None) -> dict[str, Tensor]:
+        """The symmetric contrastive loss over the global batch; CLIP draws no noise."""
+        if batch.image is None or batch.tokens is None:
+            raise ValueError("CLIP needs a batch with pictures and tokens")
+        image_emb = F.normalize(self.encode_image(batch.image).float(), dim=-1)
+        text_emb = F.normalize(self.encode_text(batch.tokens)[0].float(), dim=-1)
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
+        return {"contrastive": contrastive_loss(image_emb, text_emb, self.model.logit_scale.exp())}
+
+
+def contrastive_loss(image_emb: Tensor, text_emb: Tensor, scale: Tensor) -> Tensor:
+    """Symmetric cross-entropy of unit vectors (B, D), pair i being row i of both (Radford et al. 2021, figure 3).
+
+    With several ranks the rows of all ranks are gathered with their gradients: every rank returns the loss of the global
+    batch, and averaging gradients over ranks (as DDP does) gives the gradient of a single device.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        from torch.distributed.nn.functional import all_gather
+
+        image_emb, text_emb = torch.cat(all_gather(image_emb)), torch.cat(all_gather(text_emb))
+    with torch.autocast(image_emb.device.type, enabled=False):
+        logits = scale * image_emb.float() @ text_emb.float().T
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class Tokenizer:
+    """Captions to ids of CLIP's BPE vocabulary, as int64 (B, context_length): start, words, end, zeros.
+
+    A caption that is too long loses its last words, not its end token. Small and picklable, for data workers.
+    """
+
+    def __init__(self, context_length: int) -> None:
+        self.context_length = context_length
+        self._bpe: Any = None
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        if self._bpe is None:
+            from open_clip import SimpleTokenizer
+
+            self._bpe = SimpleTokenizer(context_length=self.context_length)
+        return self._bpe(captions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"context_length": self.context_length, "_bpe": None}
+
+
+def _architecture(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of open_clip.CLIP, and mean and std of the pictures. Downloads nothing."""
+    preprocess: dict[str, Any] = {"mean": MEAN, "std": STD}
+    if not config.name:
+        return _small(config), preprocess
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    architecture = open_clip.get_model_config(config.name)
+    if architecture is None:
+        raise ConfigError(f"model.name={config.name} is not in open_clip; `open_clip.list_models()` lists the names")
+    _refuse_unsupported(config.name, architecture)
+    known = get_pretrained_cfg(config.name, config.pretrained) if config.pretrained else {}
+    preprocess |= {key: known[key] for key in ("mean", "std") if known.get(key)}
+    architecture = deepcopy(architecture)
+    if config.quick_gelu is not None:
+        architecture["quick_gelu"] = config.quick_gelu
+    elif config.pretrained == "openai" or known.get("quick_gelu"):
+        architecture["quick_gelu"] = True  # OpenAI's weights want QuickGELU; the registry's plain names say GELU
+    return {key: architecture[key] for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu") if key in architecture}, preprocess
+
+
+def _small(config: CLIPConfig) -> dict[str, Any]:
+    return {
+        "embed_dim": config.embed_dim,
+        "quick_gelu": bool(config.quick_gelu),
+        "vision_cfg": {
+            "image_size": config.image_size,
+            "patch_size": config.patch_size,
+            "width": config.vision_width,
+            "layers": config.vision_layers,
+            "head_width": config.vision_width // config.vision_heads,
+        },
+        "text_cfg": {
+            "context_length": config.context_length,
+            "width": config.text_width,
+            "layers": config.text_layers,
+            "heads": config.text_heads,
+        },
+    }
+
+
+def _refuse_unsupported(name: str, architecture: dict[str, Any]) -> None:
+    """Text towers that are not CLIP's causal transformer with end-of-text pooling have no place in the chain."""
+    text = architecture["text_cfg"]
+    other = [key for key in ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls") if text.get(key)]
+    if architecture.get("custom_text") or other or text.get("pool_type", "argmax") != "argmax":
+        raise ConfigError(
+            f"model.name={name} has another text tower than OpenAI's CLIP ({', '.join(other) or 'custom_text'}); "
+            "take one of the ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14, RN50 families"
+        )
+
+
+def _load_pretrained(model: nn.Module, config: CLIPConfig) -> None:
+    """Load weights strictly and without running pickled code."""
+    import open_clip
+    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
+
+    path = config.pretrained
+    if not Path(path).is_file():
+        known = get_pretrained_cfg(config.name, path) if config.name else {}
+        if not known:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) if config.name else "none"
+            raise ConfigError(f"model.pretrained={path} is neither a file nor a tag of '{config.name}' (tags: {tags})")
+        path = download_pretrained(known)
+    log.info("loading CLIP weights from %s", path)
+    try:
+        open_clip.load_checkpoint(model, path, strict=True, weights_only=True)
+    except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
+        raise ArtifactError(f"{path} does not hold the weights of {config.name or 'this small CLIP'}: {error}") from error
+
+
+def _resize(image: Tensor, size: int) -> Tensor:
+    """Shorter side to ``size`` and the central square, values in [0, 1]; like CLIP's own preprocessing."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    shape = [round(height * size / side), round(width * size / side)]
+    if side != size:
+        image = F.interpolate(image, shape, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
+    top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
+    return image[..., top : top + size, left : left + size]

@@ -1,0 +1,144 @@
+"""The decoder: z_i, and optionally the caption, to a picture (paper §2.1)."""
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from unclip.data.batch import Batch
+from unclip.diffusion.gaussian import DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.noise import Noise
+from unclip.diffusion.samplers import sample
+from unclip.models.interface import Interface, ModelConfig
+from unclip.models.pictures import training_pictures
+from unclip.models.sampling import DiffusionSampling
+from unclip.nets.conditioned import ConditioningConfig, DecoderNet
+from unclip.nets.layers import ClipWidths, Cond, Keep
+from unclip.nets.unet import UNetConfig
+
+
+class EmbeddingNorm(Enum):
+    """What a model does to CLIP's raw outputs: scale them to unit norm (the paper's form), or nothing (Karlo's)."""
+
+    unit = "unit"
+    raw = "raw"
+
+
+@dataclass
+class DecoderConfig(ModelConfig):
+    """A diffusion model of ``image_size`` pixels. The paper drops z_i 10 %, the caption 50 % of the time.
+
+    ``embedding_norm`` unit: z_i and z_t enter the net at unit norm × ``embedding_scale``, whose default is √d, so that
+    each number has a variance of about one. With raw the default scale is 1.
+    """
+
+    image_size: int = 64
+    net: UNetConfig = field(default_factory=lambda: UNetConfig(attention_levels=[1, 2]))
+    conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
+    diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(learned_variance=True, clip_range=1.0))
+    sampling: DiffusionSampling = field(default_factory=DiffusionSampling)
+    drop_image: float = 0.1
+    drop_text: float = 0.5
+    embedding_norm: EmbeddingNorm = EmbeddingNorm.unit
+    embedding_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.net.attention_levels:
+            raise ValueError("the decoder reads its context by attention: set net.attention_levels, for example [1, 2]")
+        if self.image_size % self.net.stride:
+            raise ValueError(f"image_size={self.image_size} is not a multiple of {self.net.stride}, the net's stride")
+        for name, rate in (("drop_image", self.drop_image), ("drop_text", self.drop_text)):
+            if not 0 <= rate <= 1:
+                raise ValueError(f"{name} is {rate}; a probability lies in [0, 1]")
+
+
+class Decoder(nn.Module):
+    """p(picture | z_i, caption). ``losses`` trains it, ``sample`` draws pictures in [-1, 1]."""
+
+    def __init__(self, cfg: DecoderConfig, interface: Interface):
+        super().__init__()
+        self.cfg, self.interface = cfg, interface
+        self.diffusion = GaussianDiffusion(cfg.diffusion)
+        widths = ClipWidths(interface.embed_dim, interface.text_width, interface.context_length, interface.vocab_size)
+        self.net = DecoderNet(
+            cfg.net, cfg.conditioning, widths, out_channels=6 if cfg.diffusion.learned_variance else 3
+        )
+
+    def fit(self, embeddings: Any) -> None:
+        """Nothing to gather before training."""
+
+    def finish(self, embeddings: Any) -> None:
+        """Nothing to gather after training."""
+
+    def default_sampling(self) -> DiffusionSampling:
+        return self.cfg.sampling
+
+    def cond(self, batch: Batch) -> Cond:
+        """The batch's conditions, CLIP's raw outputs as they are; columns that the batch lacks are None."""
+        return Cond(
+            batch.image_emb,
+            batch.text_emb,
+            cut_to(batch.text_seq, batch.tokens),
+            tokens=batch.tokens,
+            num_rows=len(batch),
+        )
+
+    def losses(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
+        """Scalars whose sum is the loss. Rows lose z_i and the text side by chance, independently."""
+        pictures = training_pictures(batch.image, self.cfg.image_size)
+        cond = self.cond(batch)
+        if self.cfg.conditioning.image and cond.image_emb is None:
+            raise ValueError("this decoder trains on z_i but the batch has none; ask the data for the column image_emb")
+        keep = Keep(
+            image=noise.uniform((), "drop image") >= self.cfg.drop_image,
+            text=noise.uniform((), "drop text") >= self.cfg.drop_text,
+        )
+        context = self.net.prepare(self._scaled(cond), keep)
+        return self.diffusion.losses(self.net, pictures, context, noise)
+
+    @torch.no_grad()
+    def sample(
+        self, cond: Cond, how: DiffusionSampling, noise: Noise, negative: Cond | None = None, x_T: Tensor | None = None
+    ) -> Tensor:
+        """Pictures (B, 3, S, S) in [-1, 1], one for each row of ``cond``. Missing conditions count as dropped.
+
+        Guidance is against no condition at all or, where ``negative`` is given, against its caption without z_i.
+        """
+        shape = (3, self.cfg.image_size, self.cfg.image_size)
+        context = guided_context(
+            self.net, self._scaled(cond), how, None if negative is None else self._scaled(negative)
+        )
+        denoiser = self.diffusion.denoiser(
+            self.net, context, shape=shape, num_steps=how.sampler.num_steps, guidance=how.guidance
+        )
+        return sample(how.sampler, denoiser, noise, x_T=x_T).clamp(-1, 1)
+
+    def _scaled(self, cond: Cond) -> Cond:
+        return replace(cond, image_emb=self._scaled_emb(cond.image_emb), text_emb=self._scaled_emb(cond.text_emb))
+
+    def _scaled_emb(self, emb: Tensor | None) -> Tensor | None:
+        if emb is None:
+            return None
+        scale = self.cfg.embedding_scale
+        if self.cfg.embedding_norm is EmbeddingNorm.raw:
+            return emb.float() * (1.0 if scale is None else scale)
+        return F.normalize(emb.float(), dim=-1) * (emb.shape[-1] ** 0.5 if scale is None else scale)
+
+
+def guided_context(net: Any, cond: Cond, how: DiffusionSampling, negative: Cond | None = None) -> Any:
+    """B rows if guidance never acts; else 2B: first all conditions, then none, or the negative caption without z_i."""
+    if how.guidance.scale == 1.0:
+        return net.prepare(cond, Keep())
+    rows = len(cond)
+    keep = Keep.halves(rows, next(net.parameters()).device)
+    if negative is None:
+        return net.prepare(Cond.cat(cond, cond), keep)
+    return net.prepare(Cond.cat(cond, replace(negative, image_emb=cond.image_emb)), Keep(image=keep.image))
+
+
+def cut_to(text_seq: Tensor | None, tokens: Tensor | None) -> Tensor | None:
+    """Token states cut to the length of the (trimmed) tokens."""
+    return text_seq if text_seq is None or tokens is None else text_seq[:, : tokens.shape[1]]

@@ -1,0 +1,48 @@
+"""Pictures on the device: value range, antialiased resizing, blur and crops."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def to_range(image: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) to float32 in [-1, 1]."""
+    return image.float() / 127.5 - 1
+
+
+def resize(image: Tensor, size: int) -> Tensor:
+    """Antialiased bicubic resize of float32 (B, 3, H, W) in [-1, 1] to (B, 3, size, size), clamped to [-1, 1]."""
+    if image.shape[-1] == size and image.shape[-2] == size:
+        return image
+    return F.interpolate(image, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+
+
+def training_pictures(image: Tensor | None, size: int) -> Tensor:
+    """A batch's uint8 pictures as float32 (B, 3, size, size) in [-1, 1]; larger ones are resized, smaller refused."""
+    if image is None:
+        raise ValueError("this model trains on pictures but the batch has none; ask the data for the column image")
+    if min(image.shape[-2:]) < size:
+        raise ValueError(
+            f"pictures of {tuple(image.shape[-2:])} pixels but the model makes {size}; "
+            f"use data of at least {size} pixels or a smaller image_size"
+        )
+    return resize(to_range(image), size)
+
+
+def blur(image: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur with a 3x3 kernel and reflected borders (SR3, Saharia et al. 2021). (B, C, H, W) alike."""
+    side = torch.exp(torch.tensor(-0.5 / sigma**2))
+    line = torch.stack((side, torch.ones(()), side))
+    line = (line / line.sum()).to(image.device, non_blocking=True)
+    planes = F.pad(image.flatten(0, 1)[:, None], (1, 1, 1, 1), mode="reflect")
+    planes = F.conv2d(F.conv2d(planes, line.view(1, 1, 3, 1)), line.view(1, 1, 1, 3))
+    return planes.view(image.shape)
+
+
+def crop(image: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
+    """Cut a square of ``size`` pixels from each picture (B, C, H, W) at its own corner; top and left (B,) int64."""
+    span = torch.arange(size, device=image.device)
+    rows = (top[:, None] + span)[:, :, None]
+    columns = (left[:, None] + span)[:, None, :]
+    batch = torch.arange(len(image), device=image.device)[:, None, None]
+    return image.permute(0, 2, 3, 1)[batch, rows, columns].permute(0, 3, 1, 2)

@@ -1,0 +1,25 @@
+"""How the diffusion models turn noise into samples: typed settings, one object per model."""
+
+from dataclasses import dataclass, field
+
+from unclip.diffusion.guidance import Guidance
+from unclip.diffusion.samplers import SamplerConfig
+
+
+@dataclass
+class DiffusionSampling:
+    """Sampler and guidance of a decoder or an upsampler (which has no guidance: its scale must be 1)."""
+
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    guidance: Guidance = field(default_factory=Guidance)
+
+
+@dataclass
+class PriorSampling(DiffusionSampling):
+    """The prior draws ``num_candidates`` z_i for a caption and keeps the one closest to z_t (paper §2.2: 2)."""
+
+    num_candidates: int = 2
+
+    def __post_init__(self) -> None:
+        if self.num_candidates < 1:
+            raise ValueError(f"num_candidates is {self.num_candidates}; it must be at least 1")

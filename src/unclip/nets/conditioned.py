@@ -1,0 +1,175 @@
+"""The decoder's and the upsampler's networks: a U-Net with what it is conditioned on."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from unclip.nets.layers import ClipWidths, Cond, Keep, Null, keep_rows
+from unclip.nets.transformer import TextTransformer, TextTransformerConfig
+from unclip.nets.unet import UNet, UNetConfig, UNetContext
+
+
+class DecoderText(Enum):
+    """The decoder's caption path: none, states of the frozen CLIP text tower (Karlo), or an own transformer (paper)."""
+
+    none = "none"
+    clip_states = "clip_states"
+    transformer = "transformer"
+
+
+@dataclass
+class ConditioningConfig:
+    """What the decoder sees beside the noised picture.
+
+    ``image``: z_i, added to the timestep embedding and as ``num_image_tokens`` context tokens (paper §2.1).
+    ``text``: the caption path. ``text_emb``: z_t, added to the timestep embedding (Karlo; not in the paper).
+    ``context_dim``: width of a context token. ``null_image`` and ``null_text``: what a dropped embedding becomes; the
+    tokens of a dropped caption are masked.
+    """
+
+    image: bool = True
+    text: DecoderText = DecoderText.none
+    text_emb: bool = False
+    context_dim: int = 512
+    num_image_tokens: int = 4
+    null_image: Null = Null.zero
+    null_text: Null = Null.zero
+    transformer: TextTransformerConfig = field(default_factory=TextTransformerConfig)
+
+    def __post_init__(self) -> None:
+        if not self.image and self.text is DecoderText.none and not self.text_emb:
+            raise ValueError("the decoder has no condition: set image=true or text to clip_states or transformer")
+
+
+class TextProj(nn.Module):
+    """Turns z_i, z_t and the caption into context tokens and an addition to the timestep embedding.
+
+    Names and maths are those of diffusers' UnCLIPTextProjModel; ``transformer`` and ``pooled_proj`` exist for the
+    trained text transformer only. Context tokens: those of z_i first, then the caption's.
+    """
+
+    def __init__(self, cfg: ConditioningConfig, widths: ClipWidths, time_dim: int):
+        super().__init__()
+        self.cfg, self.time_dim = cfg, time_dim
+        embed_dim = widths.embed_dim
+        if cfg.image:
+            self.clip_image_embeddings_project_to_time_embeddings = nn.Linear(embed_dim, time_dim)
+            self.clip_extra_context_tokens_proj = nn.Linear(embed_dim, cfg.num_image_tokens * cfg.context_dim)
+            if cfg.null_image is Null.learned:
+                self.learned_classifier_free_guidance_embeddings = nn.Parameter(torch.zeros(embed_dim))
+        if cfg.text_emb:
+            self.embedding_proj = nn.Linear(embed_dim, time_dim)
+            if cfg.null_text is Null.learned:
+                self.null_text_emb = nn.Parameter(torch.zeros(embed_dim))
+        if cfg.text is not DecoderText.none:
+            width = cfg.transformer.width if cfg.text is DecoderText.transformer else widths.text_width
+            self.encoder_hidden_states_proj = nn.Linear(width, cfg.context_dim)
+            self.text_encoder_hidden_states_norm = nn.LayerNorm(cfg.context_dim)
+        if cfg.text is DecoderText.transformer:
+            self.transformer = TextTransformer(cfg.transformer, widths.vocab_size, widths.context_length)
+            self.pooled_proj = nn.Linear(cfg.transformer.width, time_dim)
+            if cfg.null_text is Null.learned:
+                self.null_pooled = nn.Parameter(torch.zeros(time_dim))
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the context tokens; 0 where there are none."""
+        return self.cfg.context_dim if self.cfg.image or self.cfg.text is not DecoderText.none else 0
+
+    def forward(self, cond: Cond, keep: Keep) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The addition to the timestep embedding (B, time_dim), context tokens (B, L, context_dim) and their mask.
+
+        The mask (B, L) bool is None where all tokens are real. A condition that is missing counts as dropped.
+        """
+        rows = len(cond)
+        if not rows:
+            raise ValueError("an empty condition: set Cond.num_rows to the number of pictures")
+        emb = next(self.parameters()).new_zeros(rows, self.time_dim)
+        tokens, masks = [], []
+        if self.cfg.image:
+            image = self._rows(cond.image_emb, keep.image, "learned_classifier_free_guidance_embeddings", rows)
+            emb = emb + self.clip_image_embeddings_project_to_time_embeddings(image)
+            # channel-major: a token's channels are num_image_tokens apart
+            extra = self.clip_extra_context_tokens_proj(image).unflatten(1, (-1, self.cfg.num_image_tokens))
+            tokens.append(extra.transpose(1, 2))
+            masks.append(torch.ones(rows, self.cfg.num_image_tokens, dtype=torch.bool, device=emb.device))
+        if self.cfg.text_emb:
+            emb = emb + self.embedding_proj(self._rows(cond.text_emb, keep.text, "null_text_emb", rows))
+        states, mask, pooled = self._caption(cond)
+        if self.cfg.text is DecoderText.transformer:
+            emb = emb + self._rows(pooled, keep.text, "null_pooled", rows, self.time_dim)
+        if states is None:
+            return emb, torch.cat(tokens, dim=1) if tokens else None, None
+        tokens.append(self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(states)))
+        if mask is None:
+            mask = torch.ones(states.shape[:2], dtype=torch.bool, device=emb.device)
+        masks.append(mask if keep.text is None else mask & keep.text[:, None])
+        return emb, torch.cat(tokens, dim=1), torch.cat(masks, dim=1)
+
+    def _rows(self, value: Tensor | None, keep: Tensor | None, null: str, rows: int, width: int = 0) -> Tensor:
+        """``value`` with its dropped rows replaced by the parameter named ``null``, or by zeros if there is none."""
+        learned = dict(self.named_parameters(recurse=False)).get(null)
+        if value is not None:
+            return keep_rows(value, keep, learned)
+        if learned is not None:
+            return learned.expand(rows, -1)
+        return next(self.parameters()).new_zeros(rows, width or self._embed_dim)
+
+    @property
+    def _embed_dim(self) -> int:
+        proj = self.clip_image_embeddings_project_to_time_embeddings if self.cfg.image else self.embedding_proj
+        return proj.in_features
+
+    def _caption(self, cond: Cond) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Caption states, their mask, and the transformer's last state, projected to the timestep embedding's width."""
+        if self.cfg.text is DecoderText.transformer and cond.tokens is not None:
+            mask = cond.caption_mask()
+            states, last = self.transformer(cond.tokens, mask)
+            return states, mask, self.pooled_proj(last)
+        if self.cfg.text is DecoderText.clip_states and cond.text_seq is not None:
+            return cond.text_seq, cond.caption_mask(), None
+        return None, None, None
+
+
+class DecoderNet(nn.Module):
+    """The decoder's network: ``text_proj`` prepares the condition, ``unet`` denoises."""
+
+    def __init__(self, cfg: UNetConfig, conditioning: ConditioningConfig, widths: ClipWidths, out_channels: int = 3):
+        super().__init__()
+        self.text_proj = TextProj(conditioning, widths, cfg.time_dim)
+        self.unet = UNet(cfg, 3, out_channels, self.text_proj.context_dim if cfg.attention_levels else 0)
+
+    def prepare(self, cond: Cond, keep: Keep) -> UNetContext:
+        return self.unet.context(*self.text_proj(cond, keep))
+
+    def forward(self, x_t: Tensor, timestep: Tensor, context: UNetContext) -> Tensor:
+        """x_t (B, 3, S, S), timestep (B,); returns (B, out_channels, S, S)."""
+        return self.unet(x_t, timestep, context)
+
+
+@dataclass
+class UpsamplerContext:
+    """The low-resolution picture, resized to the target size: (B, 3, S, S) in [-1, 1]."""
+
+    low: Tensor
+
+    def first(self, n: int) -> "UpsamplerContext":
+        return UpsamplerContext(self.low[:n])
+
+
+class UpsamplerNet(nn.Module):
+    """The upsampler's network: the resized low-resolution picture joins the noised one on the channels."""
+
+    def __init__(self, cfg: UNetConfig, out_channels: int = 3):
+        super().__init__()
+        self.unet = UNet(cfg, 6, out_channels)
+
+    def prepare(self, cond: Tensor, keep: Keep) -> UpsamplerContext:
+        """``cond`` is the resized low-resolution picture; it is never dropped (paper §2.3: no guidance)."""
+        return UpsamplerContext(cond)
+
+    def forward(self, x_t: Tensor, timestep: Tensor, context: UpsamplerContext) -> Tensor:
+        """x_t (B, 3, S, S), timestep (B,); returns (B, out_channels, S, S)."""
+        return self.unet(torch.cat((x_t, context.low), dim=1), timestep, UNetContext())

@@ -1,0 +1,91 @@
+"""AdamW whose state holds the EMA of the weights, weight-decay groups, learning-rate progress and gradient clipping.
+
+The EMA lives beside Adam's moments (``state[p]["ema"]``, float32), so that checkpoints and sharding carry it with no further
+code. It covers trainable weights only: never buffers, never a frozen CLIP.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unclip.config import Decay, OptimConfig
+
+
+class AdamWEMA(torch.optim.AdamW):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019) and an exponential moving average of the weights."""
+
+    def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
+        self.ema_decay = cfg.ema_decay
+        super().__init__(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+        for group in self.param_groups:
+            group["updates"] = 0
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One AdamW step, then ema <- decay * ema + (1 - decay) * weights with decay = min(limit, (1 + n) / (10 + n))."""
+        result = super().step(closure)
+        for group in self.param_groups:
+            n = group["updates"] = group["updates"] + 1
+            if self.ema_decay:
+                weights = [p for p in group["params"] if p.grad is not None]
+                torch._foreach_lerp_(self._averages(weights), weights, 1 - min(self.ema_decay, (1 + n) / (10 + n)))
+        return result
+
+    def _averages(self, weights: list[Tensor]) -> list[Tensor]:
+        for p in weights:
+            if "ema" not in self.state[p]:
+                self.state[p]["ema"] = p.detach().float().clone()
+        return [self.state[p]["ema"] for p in weights]
+
+    @contextmanager
+    def ema_weights(self) -> Iterator[None]:
+        """Inside the block the model holds its averaged weights; afterwards the trained ones, bit for bit."""
+        pairs = [(p, s["ema"]) for p, s in self.state.items() if "ema" in s]
+        trained = [p.detach().clone() for p, _ in pairs]
+        with torch.no_grad():
+            for p, average in pairs:
+                p.copy_(average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), value in zip(pairs, trained, strict=True):
+                    p.copy_(value)
+
+
+def make_optimizer(model: nn.Module, cfg: OptimConfig) -> AdamWEMA:
+    """AdamW over the trainable weights; weight decay applies to matrices and convolutions, not to biases, norms and tables.
+
+    Tables are embeddings: a row that no caption used would otherwise decay to nothing.
+    """
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in tables]
+    plain = [p for p in trainable if p.ndim < 2 or id(p) in tables]
+    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return AdamWEMA([g for g in groups if g["params"]], cfg)
+
+
+def learning_rate(cfg: OptimConfig, step: int, progress: float) -> float:
+    """Linear warm-up over ``warmup_steps``, then decay with ``progress`` (0 at the start of the run, 1 at its end)."""
+    warmup = min(1.0, (step + 1) / max(1, cfg.warmup_steps))
+    progress = min(1.0, max(0.0, progress))
+    decay = {
+        Decay.constant: 1.0,
+        Decay.linear: 1 - (1 - cfg.final_lr) * progress,
+        Decay.cosine: cfg.final_lr + (1 - cfg.final_lr) * 0.5 * (1 + math.cos(math.pi * progress)),
+    }[cfg.decay]
+    return cfg.lr * warmup * decay
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale the gradients so that their global L2 norm is at most ``limit`` (0: leave them); returns the norm before."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit:
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return norm

@@ -1,0 +1,45 @@
+"""One process at a time in a run folder."""
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from unclip.errors import UnclipError
+
+
+class RunLock:
+    """Holds ``run/lock`` while the block runs; the kernel lets go of it however the process ends.
+
+    Raises :class:`UnclipError` when another process holds it, naming that process. Ranks other than zero take no lock.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / "lock"
+        self._file = None
+
+    def __enter__(self) -> "RunLock":
+        if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0"))):
+            return self
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.path.open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise UnclipError(
+                f"{self.path.parent} is in use by {file.read().strip() or 'another process'}; "
+                "wait for it, stop it, or choose another run=..."
+            ) from error
+        file.truncate(0)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        file.write(json.dumps(owner))
+        file.flush()
+        self._file = file
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()

@@ -1,0 +1,1 @@
+"""One thin LightningModule per stage. The losses and the sampling live in :mod:`unclip.models`."""

@@ -1,0 +1,134 @@
+"""What every stage shares: one optimiser step, validation with averaged weights, and a sheet of pictures."""
+
+import contextlib
+import hashlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from unclip.config import OptimConfig, TrainerConfig
+from unclip.data.batch import Batch
+from unclip.diffusion.noise import Noise
+
+from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer
+
+
+@dataclass
+class Row:
+    """One line of a sheet: a caption and uint8 pictures (3, H, W), of any sizes."""
+
+    caption: str
+    pictures: list[Tensor] = field(default_factory=list)
+
+
+class Stage(pl.LightningModule):
+    """Trains ``model`` by manual optimisation.
+
+    Every random number of step s depends on the run's seed and on the global positions of its samples (dropout masks: on
+    the seed, s and the rank), so a resumed run continues bit for bit.
+    """
+
+    columns: tuple[str, ...] = ()  # headings of the sheet's pictures
+
+    def __init__(self, model: Any, trainer_cfg: TrainerConfig, optim_cfg: OptimConfig, seed: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.trainer_cfg, self.optim_cfg, self.seed = trainer_cfg, optim_cfg, seed
+        self.seconds = 0.0  # spent training, over all resumptions
+        self._clock = time.monotonic()
+        self._sums: dict[str, Tensor] = {}
+        self._swap = contextlib.ExitStack()
+        self._losses = torch.compile(model.losses) if trainer_cfg.compile else model.losses
+
+    def configure_optimizers(self) -> AdamWEMA:
+        return make_optimizer(self.model, self.optim_cfg)
+
+    @property
+    def adamw(self) -> AdamWEMA:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, AdamWEMA)
+        return optimizer
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is done, in [0, 1]: by steps or by minutes, whichever is further."""
+        by_steps = self.global_step / self.trainer_cfg.max_steps
+        minutes = self.trainer_cfg.max_minutes
+        return min(1.0, max(by_steps, self.seconds / (60 * minutes) if minutes else 0.0))
+
+    def noise(self, batch: Batch) -> Noise:
+        return Noise.at(self.seed, batch.position, self.device)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        torch.manual_seed(_hash(self.seed, self.global_step, self.global_rank))
+        terms = self._losses(batch, self.noise(batch))
+        self.manual_backward(torch.stack(list(terms.values())).sum())
+        norm = clip_gradients(list(self.model.parameters()), self.optim_cfg.grad_clip)
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate(self.optim_cfg, self.global_step, self.progress)
+        self.optimizers().step()  # type: ignore[union-attr]
+        self.adamw.zero_grad(set_to_none=True)
+        self._remember({**terms, "grad_norm": norm})
+
+    def on_train_start(self) -> None:
+        self._clock = time.monotonic()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._clock
+        self._clock = now
+
+    def _remember(self, terms: dict[str, Tensor]) -> None:
+        for name, value in terms.items():
+            value = value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def averages(self, num_steps: int) -> dict[str, float]:
+        """Means of the training terms over the last ``num_steps`` steps; reading them is the only host sync."""
+        means = {f"train/{name}": float(total) / num_steps for name, total in self._sums.items()}
+        self._sums = {}
+        return means
+
+    # Validation: averaged weights, fixed noise (a sample's position in validation is its index).
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "fit":
+            self._swap.enter_context(self.adamw.ema_weights())
+        self.start_validation()
+
+    def on_validation_end(self) -> None:
+        self._swap.close()
+        self._clock = time.monotonic()
+
+    def start_validation(self) -> None:
+        """Hook for stages that gather something over the validation set."""
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        for name, value in self.model.losses(batch, self.noise(batch)).items():
+            self.log(f"val/{name}", value.detach().float(), batch_size=len(batch), sync_dist=True)
+
+    def sheet(self, batch: Batch) -> list[Row]:
+        """Rows to show for a validation batch; called with averaged weights, in eval mode and without gradients."""
+        raise NotImplementedError
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["seconds"] = self.seconds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.seconds = checkpoint["seconds"]
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """Pictures in [-1, 1] to uint8 on the CPU."""
+    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
+def _hash(*numbers: int) -> int:
+    """A 63-bit seed from several integers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

@@ -1,0 +1,47 @@
+"""The prior: caption and z_t to z_i; validation compares sampled z_i with the true ones."""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from unclip.data.batch import Batch
+from unclip.evaluation.metrics import retrieval
+from unclip.stages.base import Row, Stage
+
+
+class PriorStage(Stage):
+    columns = ("true picture", "nearest to the sampled z_i", "2nd", "3rd", "4th")
+
+    def start_validation(self) -> None:
+        self._sampled: list[Tensor] = []
+        self._true: list[Tensor] = []
+        self._captions: list[str] = []
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        super().validation_step(batch, batch_idx)
+        sampled = self._sample(batch)
+        true, text = F.normalize(batch.image_emb, dim=1), F.normalize(batch.text_emb, dim=1)
+        size = len(batch)
+        self.log("val/cosine_to_true", (sampled * true).sum(1).mean(), batch_size=size, sync_dist=True)
+        self.log("val/cosine_to_text", (sampled * text).sum(1).mean(), batch_size=size, sync_dist=True)
+        self.log("val/cosine_text_to_true", (text * true).sum(1).mean(), batch_size=size, sync_dist=True)
+        self._sampled.append(sampled.cpu())
+        self._true.append(true.cpu())
+        self._captions += batch.caption
+
+    def on_validation_epoch_end(self) -> None:
+        found = retrieval(torch.cat(self._true), torch.cat(self._sampled), self._captions)
+        self.log_dict({f"val/{name}": value for name, value in found.items() if name.startswith("text_to_image")})
+
+    def _sample(self, batch: Batch) -> Tensor:
+        return self.model.sample(self.model.cond(batch), self.model.default_sampling(), self.noise(batch)).float()
+
+    def sheet(self, batch: Batch) -> list[Row]:
+        if batch.image is None:
+            return []
+        order = (self._sample(batch) @ F.normalize(batch.image_emb, dim=1).T).argsort(dim=1, descending=True)
+        pictures = batch.image.cpu()
+        return [
+            Row(caption, [pictures[i], *(pictures[j] for j in order[i, :4].tolist())])
+            for i, caption in enumerate(batch.caption)
+        ]

@@ -1,0 +1,222 @@
+"""Train one stage: set up, fit or resume, validate, draw, export."""
+
+import json
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+
+from unclip import artifact
+from unclip.callbacks import Checkpoint, JsonlLogger, Metrics, ProgressBar, SampleSheet, StopOnLimitOrSignal
+from unclip.config import LoggerConfig, LoggerName, OptimConfig, Precision, TrainerConfig, identity, to_plain
+from unclip.data.datamodule import DataConfig, UnclipData
+from unclip.errors import ConfigError
+from unclip.models import CLIPConfig, DecoderConfig, Interface, ModelConfig, UpsamplerConfig, build, name_of
+from unclip.models.interface import PriorConfig
+from unclip.run_lock import RunLock
+from unclip.stages.base import Stage
+from unclip.stages.clip import ClipStage
+from unclip.stages.decoder import DecoderStage
+from unclip.stages.prior import PriorStage
+from unclip.stages.upsampler import UpsamplerStage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainConfig:
+    """One training run. ``run`` is its folder; the same command again resumes it."""
+
+    run: str
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+@dataclass
+class ClipTrainConfig(TrainConfig):
+    model: CLIPConfig = field(default_factory=CLIPConfig)
+
+
+@dataclass
+class PriorTrainConfig(TrainConfig):
+    model: PriorConfig = field(default_factory=PriorConfig)
+
+
+@dataclass
+class DecoderTrainConfig(TrainConfig):
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+
+
+@dataclass
+class UpsamplerTrainConfig(TrainConfig):
+    model: UpsamplerConfig = field(default_factory=UpsamplerConfig)
+
+
+STAGES: dict[type[TrainConfig], tuple[str, type[Stage]]] = {
+    ClipTrainConfig: ("clip", ClipStage),
+    PriorTrainConfig: ("prior", PriorStage),
+    DecoderTrainConfig: ("decoder", DecoderStage),
+    UpsamplerTrainConfig: ("upsampler", UpsamplerStage),
+}
+
+
+def train(cfg: TrainConfig) -> Path:
+    """Train the stage that ``cfg`` describes in ``cfg.run`` and return its artifact folder.
+
+    A run that was interrupted goes on where its last checkpoint stands; a finished one returns at once. Raises
+    :class:`ConfigError` when ``cfg`` differs from the run's own settings in anything that defines it.
+    """
+    run = Path(cfg.run)
+    kind, stage_class = STAGES[type(cfg)]
+    with RunLock(run):
+        _write_or_compare_settings(run, cfg)
+        if _finished(run, cfg):
+            log.info("%s is finished; raise trainer.max_steps or trainer.max_minutes to train on", run)
+            return artifact.locate(run)
+        last = run / "checkpoints" / "last.ckpt"
+        last.parent.mkdir(parents=True, exist_ok=True)
+        start = torch.load(last, weights_only=True, mmap=True)["global_step"] if last.exists() else 0
+
+        torch.manual_seed(cfg.seed)
+        model, data = _model_and_data(cfg, kind)
+        stage = stage_class(model, cfg.trainer, cfg.optim, cfg.seed)
+        data.set_start(start)
+        trainer = _trainer(cfg, run, start, title=f"{kind} in {run}")
+        size = artifact.describe(stage.model)
+        log.info("%s: %.1f M parameters, from step %d", kind, size["trainable"] / 1e6, start)
+        trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+        _stop_if_interrupted(trainer, run)
+        return _finish(trainer, stage, data, cfg, kind)
+
+
+def _model_and_data(cfg: TrainConfig, kind: str) -> tuple[Any, UnclipData]:
+    model_cfg: ModelConfig = cfg.model  # type: ignore[attr-defined]
+    data = UnclipData(cfg.data, cfg.seed, cfg.trainer.batch_size, needs=NEEDS[kind])
+    model = build(model_cfg, data.interface)
+    if kind == "clip":
+        data.tokenize = model.tokenize
+    if data.embeddings is not None:
+        model.fit(data.embeddings)
+    if cfg.trainer.channels_last and kind in ("decoder", "upsampler"):
+        model = model.to(memory_format=torch.channels_last)
+    return model, data
+
+
+NEEDS = {
+    "clip": ("image", "tokens"),
+    "prior": ("tokens", "image_emb", "text_emb", "text_seq"),
+    "decoder": ("image", "tokens", "image_emb", "text_emb", "text_seq"),
+    "upsampler": ("image",),
+}
+
+
+def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
+    checkpoint = Checkpoint(run / "checkpoints" / "last.ckpt")
+    callbacks = [Metrics(), SampleSheet(run / "samples"), StopOnLimitOrSignal(checkpoint), checkpoint, ProgressBar(title)]
+    return pl.Trainer(
+        default_root_dir=run,
+        accelerator=cfg.trainer.accelerator,
+        devices=cfg.trainer.devices,
+        num_nodes=cfg.trainer.num_nodes,
+        strategy=cfg.trainer.strategy,
+        precision="bf16-mixed" if cfg.trainer.precision is Precision.bf16 else "32-true",
+        max_steps=cfg.trainer.max_steps,
+        max_epochs=-1,
+        val_check_interval=cfg.trainer.val_every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        log_every_n_steps=cfg.trainer.log_every,
+        callbacks=callbacks,
+        logger=_loggers(cfg, run, start),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        inference_mode=False,
+    )
+
+
+def _loggers(cfg: TrainConfig, run: Path, start: int) -> list[Logger]:
+    loggers: list[Logger] = [JsonlLogger(run / "metrics.jsonl", start)]
+    if cfg.logger.name is LoggerName.tensorboard:
+        loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=start + 1))
+    if cfg.logger.name is LoggerName.wandb:
+        name = run.resolve().name
+        wandb = WandbLogger(name=name, project=cfg.logger.project, save_dir=run, offline=cfg.logger.offline)
+        wandb.experiment.config.update(to_plain(cfg), allow_val_change=True)
+        loggers.append(wandb)
+    return loggers
+
+
+def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfig, kind: str) -> Path:
+    """Validate with the averaged weights, draw the last sheet, write the artifact."""
+    run = Path(cfg.run)
+    step, seconds = trainer.global_step, stage.seconds
+    optimizer: Any = trainer.optimizers[0]
+    with optimizer.ema_weights():
+        (metrics,) = trainer.validate(stage, datamodule=data, verbose=False)
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Checkpoint):
+            callback.save(trainer)
+        if isinstance(callback, SampleSheet):
+            callback.draw(trainer, stage)
+    interface = stage.model.interface() if kind == "clip" else data.interface
+    manifest = artifact.Manifest(
+        kind=kind,
+        model=name_of(cfg.model),  # type: ignore[attr-defined]
+        config=to_plain(cfg.model),  # type: ignore[attr-defined]
+        interface=to_plain(interface),
+        parents={"clip": interface.clip} if interface.clip else {},
+        step=step,
+        samples=step * cfg.trainer.batch_size,
+        metrics={**{k: float(v) for k, v in metrics.items()}, "seconds": seconds},
+        data=data.fingerprint,
+        settings=to_plain(cfg),
+    )
+    with optimizer.ema_weights():
+        folder = artifact.save(run, stage.model, manifest)
+    log.info("%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    return folder
+
+
+def _stop_if_interrupted(trainer: pl.Trainer, run: Path) -> None:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StopOnLimitOrSignal) and callback.received is not None:
+            log.info("stopped by signal %d at step %d; the same command resumes %s", callback.received, trainer.global_step, run)
+            raise SystemExit(128 + callback.received)
+
+
+def _finished(run: Path, cfg: TrainConfig) -> bool:
+    if not (run / "artifact").exists():
+        return False
+    manifest = artifact.read_manifest(run)
+    minutes = cfg.trainer.max_minutes
+    by_time = minutes is not None and manifest.metrics["seconds"] >= 60 * minutes
+    return manifest.step >= cfg.trainer.max_steps or by_time
+
+
+def _write_or_compare_settings(run: Path, cfg: TrainConfig) -> None:
+    """Keep what defines the run in ``identity.json``; stop with the difference when a resumed run is another one."""
+    path = run / "identity.json"
+    mine = {k: v for k, v in identity(cfg).items() if k not in ("run", "trainer.max_steps")}
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        changed = [f"  {k}: {theirs.get(k)!r} -> {mine.get(k)!r}" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+        if changed:
+            raise ConfigError(
+                f"{run} was started with other settings:\n" + "\n".join(changed) + "\n"
+                "Use the same settings to resume it, or another run=... to start anew."
+            )
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(mine, indent=2, sort_keys=True) + "\n")
+    os.replace(draft, path)
+    (run / "config.yaml").write_text(yaml.safe_dump(to_plain(cfg), sort_keys=False))

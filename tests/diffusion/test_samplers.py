@@ -1,0 +1,210 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from unclip.diffusion import (
+    DiffusionConfig,
+    GaussianDiffusion,
+    Guidance,
+    Noise,
+    NoiseSchedule,
+    Predict,
+    Prediction,
+    Sampler,
+    SamplerConfig,
+    ScheduleName,
+    Threshold,
+    ancestral,
+    ddim,
+    dpmpp_2m,
+    sample,
+)
+
+MEAN, STD = 1.5, 0.3
+SAMPLERS = {
+    "ancestral": lambda denoiser, noise: ancestral(denoiser, noise),
+    "ddim": lambda denoiser, noise: ddim(denoiser, noise),
+    "ddim eta=0.5": lambda denoiser, noise: ddim(denoiser, noise, eta=0.5),
+    "ddim eta=1": lambda denoiser, noise: ddim(denoiser, noise, eta=1.0),
+    "dpmpp_2m": lambda denoiser, noise: dpmpp_2m(denoiser, noise),
+}
+
+
+class GaussianDenoiser:
+    """E[x0 | x_t] of N(MEAN, STD²), on any schedule."""
+
+    shape = (16,)
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+
+    def __call__(self, x_t, step):
+        alpha, sigma = self.schedule.alpha[step], self.schedule.sigma[step]
+        return Prediction((MEAN * sigma**2 + STD**2 * alpha * x_t) / (sigma**2 + STD**2 * alpha**2))
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("predict", list(Predict))
+@pytest.mark.parametrize("schedule", [ScheduleName.cosine, ScheduleName.linear])
+def test_samples_have_the_mean_and_spread_of_the_data(name, predict, schedule, exact_net, means):
+    diffusion = GaussianDiffusion(DiffusionConfig(schedule=schedule, predict=predict))
+    num_steps = 40 if name == "dpmpp_2m" else 250
+    denoiser = diffusion.denoiser(exact_net(diffusion, STD), means(MEAN, rows=1000), shape=(16,), num_steps=num_steps)
+    x = SAMPLERS[name](denoiser, Noise(range(1000)))
+    assert_close(x.mean(), torch.tensor(MEAN), atol=0.02, rtol=0)
+    assert_close(x.std(), torch.tensor(STD), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("predict", [Predict.x0, Predict.v])
+def test_zero_terminal_snr_samples_the_data_too(name, predict, exact_net, means):
+    diffusion = GaussianDiffusion(DiffusionConfig(schedule=ScheduleName.cosine_zero_snr, predict=predict))
+    denoiser = diffusion.denoiser(exact_net(diffusion, STD), means(MEAN, rows=1000), shape=(16,), num_steps=250)
+    x = SAMPLERS[name](denoiser, Noise(range(1000)))
+    assert_close(x.mean(), torch.tensor(MEAN), atol=0.02, rtol=0)
+    assert_close(x.std(), torch.tensor(STD), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("num_steps", [3, 10, 64])
+@pytest.mark.parametrize("eta", [0.0, 1.0, None])
+def test_few_steps_have_the_spread_that_their_updates_imply(num_steps, eta):
+    """Every update is linear in x_t, so mean and variance follow a recursion: here from alpha and sigma alone.
+
+    eta None is ancestral sampling, which must agree with eta = 1.
+    """
+    schedule = GaussianDiffusion(DiffusionConfig()).schedule.respaced(num_steps)
+    mean, var = 0.0, 1.0
+    for step in reversed(range(num_steps)):
+        a, s = float(schedule.alpha[step]), float(schedule.sigma[step])
+        a_to, s_to = float(schedule.alpha_prev[step]), float(schedule.sigma_prev[step])
+        fresh = (1.0 if eta is None else eta) * s_to / s * math.sqrt(1 - (a / a_to) ** 2)
+        gain = STD**2 * a / (STD**2 * a**2 + s**2)
+        shift = (1 - gain * a) * MEAN
+        keep = math.sqrt(s_to**2 - fresh**2) / s
+        slope = a_to * gain + keep * (1 - a * gain)
+        mean = slope * mean + (a_to - keep * a) * shift
+        var = slope**2 * var + fresh**2
+    noise, denoiser = Noise(range(4000)), GaussianDenoiser(schedule)
+    x = ancestral(denoiser, noise) if eta is None else ddim(denoiser, noise, eta=eta)
+    error = math.sqrt(var / x.numel())
+    assert abs(x.mean() - mean) < 4 * error + 1e-5
+    assert abs(x.std() - math.sqrt(var)) < 4 * error + 1e-5
+
+
+@pytest.mark.parametrize("predict", list(Predict))
+@pytest.mark.parametrize("num_steps", [5, 27])
+def test_true_variances_need_few_steps(predict, num_steps, exact_net, means):
+    """With the exact reverse variance every ancestral step is exact, however large; without it the spread is lost."""
+    diffusion = GaussianDiffusion(DiffusionConfig(predict=predict, learned_variance=True, clip_range=1.0))
+    schedule = diffusion.schedule.respaced(num_steps)
+    denoiser = diffusion.denoiser(
+        exact_net(diffusion, STD, schedule),
+        means(MEAN, rows=1000),
+        shape=(16,),
+        num_steps=num_steps,
+        guidance=Guidance(threshold=Threshold.none),
+    )
+    x = ancestral(denoiser, Noise(range(1000)))
+    assert_close(x.mean(), torch.tensor(MEAN), atol=0.01, rtol=0)
+    assert_close(x.std(), torch.tensor(STD), atol=0.01, rtol=0)
+    assert ancestral(GaussianDenoiser(schedule), Noise(range(1000))).std() < STD - (0.07 if num_steps == 5 else 0.02)
+
+
+def test_ddim_with_eta_one_is_ancestral_sampling():
+    denoiser = GaussianDenoiser(GaussianDiffusion(DiffusionConfig()).schedule.respaced(50))
+    noise = Noise(range(8))
+    assert_close(ddim(denoiser, noise, eta=1.0), ancestral(denoiser, noise), atol=1e-4, rtol=0)
+
+
+def flow_error(sampler, num_steps):
+    """Distance to the exact probability-flow solution, on a schedule that is even in log-SNR from -4 to 4."""
+    alpha_bar = torch.sigmoid(2 * torch.linspace(4, -4, num_steps, dtype=torch.float64))
+    before = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    schedule = NoiseSchedule(alpha_bar, 1 - alpha_bar / before, torch.arange(num_steps))
+    denoiser, x_T = GaussianDenoiser(schedule), Noise(range(4)).normal((16,), "x_T")
+
+    def marginal_std(step):
+        return ((schedule.alpha[step] * STD) ** 2 + schedule.sigma[step] ** 2).sqrt()
+
+    z = (x_T - schedule.alpha[-1] * MEAN) / marginal_std(-1)
+    exact = denoiser(schedule.alpha[0] * MEAN + marginal_std(0) * z, 0).x0
+    return float((sampler(denoiser, Noise(range(4)), x_T=x_T) - exact).abs().max())
+
+
+def test_dpmpp_2m_converges_with_second_order():
+    errors = [flow_error(dpmpp_2m, n) for n in (21, 41, 81)]
+    assert 3 < errors[0] / errors[1] < 5.5
+    assert 3 < errors[1] / errors[2] < 5.5
+
+
+def test_ddim_converges_with_first_order():
+    errors = [flow_error(ddim, n) for n in (21, 41, 81)]
+    assert 1.7 < errors[0] / errors[1] < 2.3
+    assert 1.7 < errors[1] / errors[2] < 2.3
+    assert flow_error(dpmpp_2m, 41) < 0.3 * errors[1]
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_a_picture_does_not_depend_on_its_batch(name, exact_net, means):
+    diffusion = GaussianDiffusion(DiffusionConfig())
+
+    def run(seeds):
+        net, context = exact_net(diffusion, STD), means(MEAN, rows=len(seeds))
+        return SAMPLERS[name](diffusion.denoiser(net, context, shape=(3, 4, 4), num_steps=12), Noise(seeds))
+
+    assert_close(run(range(8))[3], run([3])[0], atol=1e-5, rtol=0)
+
+
+def test_given_start_replaces_the_drawn_one():
+    denoiser = GaussianDenoiser(GaussianDiffusion(DiffusionConfig()).schedule.respaced(10))
+    noise = Noise([1, 2])
+    x_T = noise.normal((16,), "x_T")
+    for sampler in (ancestral, ddim, dpmpp_2m):
+        assert torch.equal(sampler(denoiser, noise, x_T=x_T), sampler(denoiser, noise))
+        assert not torch.allclose(sampler(denoiser, noise, x_T=-x_T), sampler(denoiser, noise))
+
+
+def test_sampling_keeps_no_graph():
+    denoiser = GaussianDenoiser(GaussianDiffusion(DiffusionConfig()).schedule.respaced(4))
+    x_T = torch.zeros(1, 16, requires_grad=True)
+    assert not any(sampler(denoiser, Noise([0]), x_T=x_T).requires_grad for sampler in (ancestral, ddim, dpmpp_2m))
+
+
+@pytest.mark.parametrize("num_steps", [1, 2])
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_the_fewest_steps_work(name, num_steps):
+    """One step of any sampler is the prediction itself."""
+    denoiser = GaussianDenoiser(GaussianDiffusion(DiffusionConfig()).schedule.respaced(num_steps))
+    x = SAMPLERS[name](denoiser, Noise(range(1000)))
+    assert_close(x.mean(), torch.tensor(MEAN), atol=0.02, rtol=0)
+    if num_steps == 1:
+        assert torch.equal(x, denoiser(Noise(range(1000)).normal((16,), "x_T"), 0).x0)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "function"),
+    [
+        (SamplerConfig(Sampler.ancestral, 6), SAMPLERS["ancestral"]),
+        (SamplerConfig(Sampler.ddim, 6), SAMPLERS["ddim"]),
+        (SamplerConfig(Sampler.ddim, 6, eta=0.5), SAMPLERS["ddim eta=0.5"]),
+        (SamplerConfig(Sampler.dpmpp_2m, 6), SAMPLERS["dpmpp_2m"]),
+    ],
+)
+def test_config_picks_the_sampler(cfg, function):
+    denoiser = GaussianDenoiser(GaussianDiffusion(DiffusionConfig()).schedule.respaced(6))
+    assert torch.equal(sample(cfg, denoiser, Noise([3])), function(denoiser, Noise([3])))
+
+
+def test_options_without_effect_are_refused():
+    for name in (Sampler.ancestral, Sampler.dpmpp_2m):
+        with pytest.raises(ValueError, match=r"sampler\.name=ddim"):
+            SamplerConfig(name, 10, eta=0.0)
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        SamplerConfig(Sampler.ddim, 10, eta=2.0)
+    with pytest.raises(ValueError, match="at least 1"):
+        SamplerConfig(num_steps=0)
+    denoiser = GaussianDenoiser(GaussianDiffusion(DiffusionConfig()).schedule.respaced(6))
+    with pytest.raises(ValueError, match=r"num_steps=cfg\.num_steps"):
+        sample(SamplerConfig(num_steps=7), denoiser, Noise([0]))
