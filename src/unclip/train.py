@@ -87,7 +87,7 @@ def train(cfg: TrainConfig) -> Path:
         start = torch.load(last, weights_only=True, mmap=True)["global_step"] if last.exists() else 0
 
         torch.manual_seed(cfg.seed)
-        model, data = _model_and_data(cfg, kind)
+        model, data = _model_and_data(cfg, kind, fresh=not last.exists())
         stage = stage_class(model, cfg.trainer, cfg.optim, cfg.seed)
         data.set_start(start)
         trainer = _trainer(cfg, run, start, title=f"{kind} in {run}")
@@ -98,16 +98,16 @@ def train(cfg: TrainConfig) -> Path:
         return _finish(trainer, stage, data, cfg, kind)
 
 
-def _model_and_data(cfg: TrainConfig, kind: str) -> tuple[Any, UnclipData]:
+def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, UnclipData]:
     model_cfg: ModelConfig = cfg.model  # type: ignore[attr-defined]
     data = UnclipData(cfg.data, cfg.seed, cfg.trainer.batch_size, needs=NEEDS[kind])
     model = build(model_cfg, data.interface)
     if kind == "clip":
         data.tokenize = model.tokenize
-    if data.embeddings is not None:
+    if fresh:
         model.fit(data.embeddings)
-    if cfg.trainer.channels_last and kind in ("decoder", "upsampler"):
-        model = model.to(memory_format=torch.channels_last)
+    if cfg.trainer.channels_last and torch.cuda.is_available() and kind in ("decoder", "upsampler"):
+        model = model.to(memory_format=torch.channels_last)  # on a CPU it makes GroupNorm several times slower
     return model, data
 
 

@@ -137,6 +137,14 @@ def test_sinusoids_put_cosines_first():
     assert_close(emb, torch.cat((angles.cos(), angles.sin()))[None])
 
 
+def test_karlos_size():
+    with torch.device("meta"):
+        net = PriorNet(PriorNetConfig(width=2048, depth=20, num_heads=32), ClipWidths(768, 768, 77, 49408))
+    assert (
+        sum(parameter.numel() for parameter in net.parameters()) == 1_022_030_080 - 2 * 768
+    )  # without clip_mean, clip_std
+
+
 def test_refuses_what_it_cannot_hold():
     net = make()
     with pytest.raises(ValueError, match="needs text_emb"):

@@ -11,8 +11,8 @@ import typer
 from rich.progress import Progress
 
 from unclip.data.shards import Shards
-from unclip.data.transforms import load_picture
-from unclip.evaluation.probes import judge, read_scenes
+from unclip.data.transforms import load_image
+from unclip.evaluation.probes import Verdict, judge, read_scenes
 from unclip.evaluation.sheet import draw_table, save_picture
 from unclip.nets.layers import Cond
 from unclip.pipeline import UnCLIP
@@ -36,7 +36,7 @@ def judge_runs(runs: Path, data_path: Path, out: Path, *, seed: int, batch_size:
     shards = Shards(data_path / "verdict")
     samples = [shards.read(i) for i in range(len(shards))]
     clip_size = pipeline.models["clip"].image_size
-    true = torch.stack([load_picture(s.image, clip_size) for s in samples])
+    true = torch.stack([load_image(s.image, clip_size) for s in samples])
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
     with Progress(transient=True) as bar:
         task = bar.add_task("verdict", total=len(samples) * len(COLUMNS))
@@ -48,10 +48,10 @@ def judge_runs(runs: Path, data_path: Path, out: Path, *, seed: int, batch_size:
                 drawn[name] += list(pictures.permute(0, 2, 3, 1).numpy())
                 bar.advance(task, len(pictures))
     scenes = [s.meta for s in samples]
-    result = {name: judge(read_scenes(pictures), scenes).as_dict() for name, pictures in drawn.items()}
+    result = {name: as_dict(judge(read_scenes(pictures), scenes)) for name, pictures in drawn.items()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "verdict.json").write_text(json.dumps(result, indent=2) + "\n")
-    originals = [load_picture(s.image, pipeline.size).permute(1, 2, 0).numpy() for s in samples]
+    originals = [load_image(s.image, pipeline.size).permute(1, 2, 0).numpy() for s in samples]
     step = max(1, len(samples) // SHOWN)
     rows = [(samples[i].caption, [originals[i], *(drawn[n][i] for n in COLUMNS)]) for i in range(0, len(samples), step)]
     save_picture(draw_table(rows, ["a real picture", *COLUMNS.values()]), out / "verdict.png")
@@ -71,6 +71,15 @@ def _conditions(pipeline: UnCLIP, captions: list[str], true: torch.Tensor, seed:
         "text_embedding": replace(bare, image_emb=text.text_emb),
         "caption_only": text,
     }
+
+
+def as_dict(verdict: Verdict) -> dict[str, float]:
+    """Shares with the ends of their 95 % intervals; ``product`` is the share of pairs with their relation right as well."""
+    found: dict[str, float] = {}
+    for name in ("objects", "pairs", "relations"):
+        share = getattr(verdict, name)
+        found |= {name: share.share, f"{name}_low": share.interval[0], f"{name}_high": share.interval[1]}
+    return {**found, "product": verdict.scenes.share}
 
 
 def table(result: dict[str, Any]) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor
 class Batch:
     """B samples; a column that the stage did not ask for is None.
 
-    ``image`` (B, 3, H, W) uint8; ``tokens`` (B, L) int64, zero after the end-of-text token, trimmed to the batch's longest
+    ``image`` (B, 3, H, W) uint8; ``tokens`` (B, L) int64, zero after the end-of-text token, cut to the batch's longest
     caption; ``image_emb`` and ``text_emb`` (B, D) float32, the raw outputs of CLIP (not unit-norm); ``text_seq``
-    (B, L, W), the caption's token states; ``position``: each sample's place in the endless stream, the seed of its noise.
+    (B, L, W), the caption's token states; ``position``: the place in the endless stream, the seed of a sample's noise.
     """
 
     key: list[str] = field(default_factory=list)
@@ -42,6 +42,11 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, for asynchronous copies to a GPU."""
         return self._map(Tensor.pin_memory)
+
+    def first(self, count: int) -> "Batch":
+        """The batch's first ``count`` samples."""
+        lists = {name: self.__dict__[name][:count] for name in ("key", "position", "caption")}
+        return replace(self._map(lambda tensor: tensor[:count]), **lists)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         columns = {f.name: value for f in fields(self) if isinstance(value := self.__dict__[f.name], Tensor)}

@@ -171,6 +171,7 @@ def _choose(emoji: list[Emoji], drawn: list[Rendered], seed: int) -> list[tuple[
     kept = []
     for style in STYLES:
         places = [i for i, item in enumerate(emoji) if item.style == style]
+        places.sort(key=lambda i: emoji[i].name.yields)
         if places:
             keep = distinct(np.stack([drawn[i].thumb for i in places]))
             kept += [emoji[i] for i, keeps in zip(places, keep, strict=True) if keeps]
@@ -183,7 +184,7 @@ def _choose(emoji: list[Emoji], drawn: list[Rendered], seed: int) -> list[tuple[
 def _write_size(
     folder: Path, chosen: list[tuple[str, Emoji]], pngs: Iterable[bytes], recipe: dict[str, Any]
 ) -> dict[str, int]:
-    """Write one size beside its place and rename it when complete. `chosen` is sorted by split; `pngs` has its order."""
+    """Write one size beside its place, then rename it. `chosen` is sorted by split and `pngs` are in its order."""
     partial_folder = folder.with_name(f"{folder.name}.tmp")
     if partial_folder.exists():
         shutil.rmtree(partial_folder)

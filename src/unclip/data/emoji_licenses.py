@@ -38,7 +38,8 @@ https://creativecommons.org/licenses/by/4.0/legalcode
 _HEADER = """# Attribution
 
 The pictures in this folder were drawn from the packages below: placed on white, scaled, and stripped of duplicates;
-nothing else was changed. Keep this file and LICENSES/ with the pictures. KEY.json of each sample names its source and licence.
+nothing else was changed. Keep this file and LICENSES/ with the pictures. KEY.json of each sample names its source and
+licence.
 
 | style | package | sha256 of the tarball | licence | credit | origin |
 |---|---|---|---|---|---|

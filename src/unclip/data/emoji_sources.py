@@ -10,6 +10,8 @@ from unclip.errors import DataError
 
 NAMES = Package("emojibase-data", "17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")
 _COUNTRY_FLAGS = {"country-flag", "subdivision-flag"}
+# Territories that fly the flag of a better known country.
+_BORROWED_FLAGS = {"Bouvet Island", "Ceuta & Melilla", "Clipperton Island", "Diego Garcia", "U.S. Outlying Islands"}
 _TONES = {f"1f3f{digit}" for digit in "bcdef"}
 _GENDERS_AND_RIGHT = {"2640", "2642", "27a1"}
 _JOINER = "-200d-"
@@ -101,6 +103,15 @@ class Name:
     group: str
     subgroup: str
     tone: int | None
+
+    @property
+    def yields(self) -> bool:
+        """Whether a picture that looks the same under another name is the one to keep: its name fits both better.
+
+        Some sets draw all families of a size alike, without showing genders.
+        """
+        kind, _, rest = self.label.partition(": ")
+        return rest in _BORROWED_FLAGS or (kind == "family" and "adult" not in rest)
 
 
 def normal_code(code: str) -> str:

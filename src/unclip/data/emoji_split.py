@@ -29,8 +29,8 @@ def concept_split(concept: str) -> str:
 def split_pairs(pairs: Iterable[tuple[str, str]]) -> Mapping[tuple[str, str], str]:
     """The split of each (concept, style) pair.
 
-    No concept of val or test is in train. A pair of test_styles has its concept in train, in MIN_STYLES - 1 other styles
-    or more, and is itself in no other split.
+    No concept of val or test is in train. A pair of test_styles has its concept in train, in at least
+    MIN_STYLES - 1 other styles, and is itself in no other split.
     """
     styles: dict[str, set[str]] = {}
     for concept, style in pairs:

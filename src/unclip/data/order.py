@@ -60,7 +60,7 @@ class Order:
         """The shuffled samples of one block of shards."""
         if (epoch, block) not in self._blocks:
             shards = self._epoch(epoch)[0][block * self.block_shards : (block + 1) * self.block_shards]
-            samples = np.concatenate([self._starts[s] + np.arange(self._sizes[s]) for s in shards])
+            samples = np.concatenate([np.arange(self._sizes[s].item()) + self._starts[s] for s in shards])
             self._blocks[epoch, block] = samples[self._permutation(len(samples), epoch, block + 1)]
             while len(self._blocks) > _CACHED_BLOCKS:
                 self._blocks.popitem(last=False)

@@ -1,7 +1,7 @@
 """`unclip data shapes`: captioned pictures of coloured solids, written as shards.
 
-DIR/train holds what is trained on, DIR/val fresh scenes of the same kind, DIR/test scenes whose pairs are never trained on, and
-DIR/verdict the fixed examination. The bytes depend on the arguments only, not on the number of workers.
+DIR/train holds what is trained on, DIR/val fresh scenes of the same kind, DIR/test scenes whose pairs are never trained
+on, and DIR/verdict the fixed examination. The bytes depend on the arguments only, not on the number of workers.
 """
 
 import io
@@ -59,10 +59,9 @@ def encode_png(picture: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _rows(job: _Job, start: int) -> list[_Row]:
-    """The rows [start, start + _CHUNK) of the split."""
+def _rows(job: _Job, indices: range) -> list[_Row]:
     rows: list[_Row] = []
-    for index in range(start, min(start + _CHUNK, job.num)):
+    for index in indices:
         scene = job.scene(index)
         rows.append((f"{index:08d}", encode_png(render(scene, job.size)), scene.caption, scene.metadata()))
     return rows
@@ -88,9 +87,10 @@ def _can_spawn() -> bool:
 def _write_split(job: _Job, out: Path, pool: ProcessPoolExecutor | None, progress: Progress) -> None:
     from unclip.data.shards import ShardWriter  # not at the top: it loads webdataset, which workers do without
 
-    task = progress.add_task(f"{job.split}", total=job.num)
-    starts = range(0, job.num, _CHUNK)
-    chunks: Iterator[list[_Row]] = map(partial(_rows, job), starts) if pool is None else pool.map(partial(_rows, job), starts)
+    task = progress.add_task(job.split, total=job.num)
+    parts = [range(start, min(start + _CHUNK, job.num)) for start in range(0, job.num, _CHUNK)]
+    work = partial(_rows, job)
+    chunks: Iterator[list[_Row]] = map(work, parts) if pool is None else pool.map(work, parts)
     began = time.monotonic()
     with ShardWriter(out / job.split) as writer:
         for row in itertools.chain.from_iterable(chunks):
@@ -109,10 +109,12 @@ def write_shapes(
     signs: float = 0.0,
     workers: int | None = None,
 ) -> None:
-    """Writes `out`/{train,val,test,verdict} with `num` training pictures of `size` pixels; val and test hold num/20, at least 64.
+    """Writes `out`/{train,val,test,verdict}, `num` training pictures of `size` pixels; val and test hold num/20, at
+    least 64.
 
-    `objects` is the range of solids a scene (within 1 to 8), `signs` the share of scenes with a word on a sign. `workers` are
-    processes (default: one per core). The verdict split depends on `size` alone. Raises ConfigError for values out of range.
+    `objects` is the range of solids a scene (within 1 to 8), `signs` the share of scenes with a word on a sign.
+    `workers` are processes (default: one per core). The verdict split depends on `size` alone. Raises ConfigError for
+    values out of range, DataError for folders that hold shards already.
     """
     _check(num, size, objects, signs)
     few = max(num // 20, 64)

@@ -32,7 +32,11 @@ _PAIR = (
     "{a} {here} and {b} {there}",
 )
 _MANY = ("{list}", "{list}", "there {verb} {list}", "a picture of {list}")
-_SIGN = ("{scene}, with a sign that says {word}", "{scene} and a sign saying {word}", "{scene} under a sign with the word {word}")
+_SIGN = (
+    "{scene}, with a sign that says {word}",
+    "{scene} and a sign saying {word}",
+    "{scene} under a sign with the word {word}",
+)
 _SIZE_SHARE = 0.35  # how often an object's size is told
 
 

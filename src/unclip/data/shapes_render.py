@@ -13,12 +13,11 @@ _SAMPLES = 4  # per pixel and axis
 _SIGN_BOX = (0.20, 0.04, 0.80, 0.24)
 
 
-@lru_cache(maxsize=4096)
-def sprite(shape: str, scale: float, dx: float, dy: float) -> tuple[np.ndarray, int, int]:
+def draw_sprite(shape: str, scale: float, dx: float, dy: float) -> tuple[np.ndarray, int, int]:
     """The solid with its unit `scale` pixels long and its base point at pixel position (dx, dy).
 
-    Returns (h, w, 3) float32 planes (coverage, coverage × diffuse, coverage × gloss, see `shade`) and the column and row,
-    possibly negative, of the planes' first pixel.
+    Returns (h, w, 3) float32 planes (coverage, coverage x diffuse, coverage x gloss, see `shade`) and the column and
+    row, possibly negative, of the planes' first pixel.
     """
     half, below, above = (scale * e for e in extent(shape))
     left, top = int(np.floor(dx - half)), int(np.floor(dy - above))
@@ -30,21 +29,25 @@ def sprite(shape: str, scale: float, dx: float, dy: float) -> tuple[np.ndarray, 
     return planes.astype(np.float32), left, top
 
 
+_sprite = lru_cache(maxsize=4096)(draw_sprite)
+
+
 def paint(canvas: np.ndarray, placed: Placed) -> None:
     """Draws the solid onto `canvas` (S, S, 3) float32, 0 to 255; what lies outside is cut off."""
     side = canvas.shape[0]
     parts = 4 if side <= 64 else 1  # sub-pixel positions: they matter in small pictures only
     x, y = (round(v * side * parts) / parts for v in (placed.x, placed.y))
     scale = round(placed.scale * _SCALE_STEPS) / _SCALE_STEPS * side
-    planes, left, top = sprite(placed.solid.shape, scale, x % 1, y % 1)
+    planes, left, top = _sprite(placed.solid.shape, scale, x % 1, y % 1)
     left, top = left + int(x // 1), top + int(y // 1)
     rows = slice(max(top, 0), min(top + planes.shape[0], side))
     columns = slice(max(left, 0), min(left + planes.shape[1], side))
-    coverage, diffuse, gloss = np.moveaxis(planes[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left], -1, 0)
+    seen = planes[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    coverage, diffuse, gloss = seen[..., :1], seen[..., 1:2], seen[..., 2:]
     colour = np.array(PALETTE[placed.solid.colour], dtype=np.float32)
     region = canvas[rows, columns]
-    region *= 1 - coverage[..., None]
-    region += np.minimum(diffuse[..., None] * colour + 255 * gloss[..., None], 255 * coverage[..., None])
+    region *= 1 - coverage
+    region += np.minimum(diffuse * colour + 255 * gloss, 255 * coverage)
 
 
 @lru_cache(maxsize=8)
@@ -79,7 +82,8 @@ def _sign(word: str, side: int) -> Image.Image:
     draw = ImageDraw.Draw(layer)
     x0, y0, x1, y1 = (v * big for v in _SIGN_BOX)
     draw.rectangle((x0, y0, x1, y1), fill=(250, 250, 246, 255), outline=(90, 90, 96, 255), width=max(big // 64, 1))
-    draw.text(((x0 + x1) / 2, (y0 + y1) / 2), word.upper(), font=ImageFont.load_default(big * 0.15), fill=(34, 34, 44, 255), anchor="mm")
+    middle, font = ((x0 + x1) / 2, (y0 + y1) / 2), ImageFont.load_default(big * 0.15)
+    draw.text(middle, word.upper(), font=font, fill=(34, 34, 44, 255), anchor="mm")
     return layer.resize((side, side), Image.Resampling.BOX)
 
 

@@ -5,9 +5,9 @@ A scene is drawn in fractions of the picture's side, so the same seed gives the 
 
 import hashlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "pink": (255, 112, 186),
 }
 COLOURS: tuple[str, ...] = tuple(PALETTE)
-SIZES: dict[str, tuple[float, float]] = {"small": (0.29, 0.33), "large": (0.42, 0.46)}  # a solid's unit, in sides of the picture
+SIZES: dict[str, tuple[float, float]] = {"small": (0.29, 0.33), "large": (0.42, 0.46)}  # units, in sides of the picture
 WORDS: tuple[str, ...] = ("stop", "go", "open", "exit", "sale", "hello", "yes", "no", "taxi", "cafe", "zoo", "wow")
 
 _SINGLE_SHARE = 1 / 3  # of the scenes with one or two objects
@@ -45,7 +45,9 @@ class Solid:
 
 @dataclass(frozen=True)
 class Placed:
-    """A solid in the picture: `scale` is its unit and (`x`, `y`) the middle of its base, in sides of the picture, y downwards."""
+    """A solid in the picture: `scale` is its unit, (`x`, `y`) the middle of its base, in sides of the picture, y
+    downwards.
+    """
 
     solid: Solid
     size: str
@@ -94,7 +96,7 @@ class Scene:
 SOLIDS: tuple[Solid, ...] = tuple(Solid(c, s) for c, s in itertools.product(COLOURS, SHAPES))
 
 
-@lru_cache(maxsize=None)
+@cache
 def is_held_out(a: Solid, b: Solid) -> bool:
     """Whether the unordered pair never occurs in training: one pair in ten, by a fixed hash that knows no seed."""
     first, second = sorted((a, b))
@@ -221,7 +223,7 @@ def _pair_scene(rng: np.random.Generator, a: Solid, relation: str, b: Solid) -> 
 
 
 def _many_scene(rng: np.random.Generator, count: int, pair: tuple[Solid, Solid] | None) -> Scene:
-    """`count` solids of one to three kinds; `pair` must be among them (a held-out pair), else no two are a held-out pair."""
+    """`count` solids of one to three kinds; the held-out `pair` is among them, or without one, no two are held out."""
     while True:
         kinds = list(pair) if pair else [_any_solid(rng) for _ in range(int(rng.integers(1, min(count, 3) + 1)))]
         solids = kinds + [kinds[int(rng.integers(len(kinds)))] for _ in range(count - len(kinds))]
@@ -237,17 +239,21 @@ def _with_sign(rng: np.random.Generator, scene: Scene) -> Scene:
     return Scene(objects, scene.relation, scene.backdrop, word, say_sign(rng, scene.caption, word))
 
 
+def _draw_count(rng: np.random.Generator, low: int, high: int) -> int:
+    if (low, high) == (1, 2):
+        return 1 if rng.random() < _SINGLE_SHARE else 2
+    return int(rng.integers(low, high + 1))
+
+
 def draw_scene(rng: np.random.Generator, objects: tuple[int, int], signs: float, held_out: bool) -> Scene:
-    """One random scene of `objects[0]` to `objects[1]` solids (within 1 to 8), with a sign in a share `signs` of the scenes.
+    """One random scene of `objects[0]` to `objects[1]` solids (within 1 to 8), with a sign in a share `signs` of
+    scenes.
 
     With `held_out`, every scene that can hold a pair holds a held-out one; without, none does.
     """
     low, high = max(objects[0], min(objects[1], 2)) if held_out else objects[0], objects[1]
-    if (low, high) == (1, 2):
-        count = 1 if rng.random() < _SINGLE_SHARE else 2
-    else:
-        count = int(rng.integers(low, high + 1))
-    pick: Callable[[np.random.Generator], tuple[Solid, Solid]] = _held_out_pair if held_out else _trained_pair
+    count = _draw_count(rng, low, high)
+    pick = _held_out_pair if held_out else _trained_pair
     if count == 1:
         scene = _single_scene(rng, _any_solid(rng))
     elif count == 2:
@@ -258,9 +264,11 @@ def draw_scene(rng: np.random.Generator, objects: tuple[int, int], signs: float,
     return _with_sign(rng, scene) if rng.random() < signs else scene
 
 
-@lru_cache(maxsize=1)
+@cache
 def verdict_scenes() -> tuple[Scene, ...]:
-    """The fixed examination: 64 single solids (all 40 occur), then 192 held-out pairs, 48 of each relation. No seed changes it."""
+    """The fixed examination: 64 single solids (all 40 occur), then 192 held-out pairs, 48 of each relation; without
+    seed.
+    """
     rng = np.random.default_rng(20220413)
     singles = list(SOLIDS) + [SOLIDS[i] for i in rng.permutation(len(SOLIDS))[: 64 - len(SOLIDS)]]
     scenes = [_single_scene(rng, solid) for solid in singles]

@@ -1,19 +1,19 @@
-"""The five solids of the shapes data as closed-form surfaces: where a viewing ray meets them, and how the light falls there.
+"""The five solids of the shapes data as closed-form surfaces: where a viewing ray meets them, and how the light falls.
 
-World axes: X right, Y up, Z towards the viewer. A solid stands on the floor with the middle of its base at the origin and is
-about one unit wide. The camera is orthographic and looks down by `PITCH`; screen coordinates are x (right) and y (up), in
-the same units, with the origin at the middle of the base.
+World axes: X right, Y up, Z towards the viewer. A solid stands on the floor with the middle of its base at the origin
+and is about one unit wide. The camera is orthographic and looks down by `PITCH`; screen coordinates are x (right) and
+y (up), in the same units, with the origin at the middle of the base.
 """
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
 PITCH = math.radians(20.0)
 _COS, _SIN = math.cos(PITCH), math.sin(PITCH)
-_LIGHT = np.array([-0.40, 0.86, 0.32])  # from the upper left, a little in front: the three faces of a cube differ clearly
+_LIGHT = np.array([-0.40, 0.86, 0.32])  # from the upper left, a little in front, so that a cube's three faces differ
 _AMBIENT, _DIFFUSE, _GLOSS, _SHININESS = 0.54, 0.54, 0.40, 22.0
 
 _CUBE_SIDE, _CUBE_YAW = 0.70, math.radians(40.0)
@@ -22,10 +22,17 @@ _CYLINDER_RADIUS, _CYLINDER_HEIGHT = 0.38, 0.85
 _RING_MIDDLE, _RING_TUBE = 0.345, 0.155  # outer radius 0.5, hole radius 0.19
 
 # Height (world Y) of the point on which another solid rests.
-TOP: dict[str, float] = {"cube": _CUBE_SIDE, "sphere": 1.0, "cone": _CONE_HEIGHT, "cylinder": _CYLINDER_HEIGHT, "ring": 1.0}
+TOP: dict[str, float] = {
+    "cube": _CUBE_SIDE,
+    "sphere": 1.0,
+    "cone": _CONE_HEIGHT,
+    "cylinder": _CYLINDER_HEIGHT,
+    "ring": 1.0,
+}
 SHAPES: tuple[str, ...] = tuple(TOP)
 
-_Surface = tuple[np.ndarray, np.ndarray]  # hit (...,) bool, unit normal (..., 3) in world axes; normals are arbitrary without a hit
+# hit (...,) bool; unit normal (..., 3) in world axes, arbitrary without a hit
+_Surface = tuple[np.ndarray, np.ndarray]
 
 
 def _to_world(across: np.ndarray, up: np.ndarray, near: np.ndarray) -> np.ndarray:
@@ -61,7 +68,9 @@ def _cylinder(x: np.ndarray, y: np.ndarray) -> _Surface:
 
 
 def _cone(x: np.ndarray, y: np.ndarray) -> _Surface:
-    """Solves x² + Z² = (r - kY)² along the ray Y = y cos + t sin, Z = -y sin + t cos, and keeps the root nearer to the camera."""
+    """Solves x² + Z² = (r - kY)² along the ray Y = y cos + t sin, Z = -y sin + t cos; keeps the root nearer to the
+    camera.
+    """
     slope = _CONE_RADIUS / _CONE_HEIGHT
     reach = _CONE_RADIUS - slope * y * _COS
     a = _COS**2 - (slope * _SIN) ** 2
@@ -77,10 +86,13 @@ def _cone(x: np.ndarray, y: np.ndarray) -> _Surface:
 def _cube(x: np.ndarray, y: np.ndarray) -> _Surface:
     """Slab method: the ray enters through the last of the three facing planes that it crosses."""
     cos, sin, half = math.cos(_CUBE_YAW), math.sin(_CUBE_YAW), _CUBE_SIDE / 2
-    faces = np.array([[-cos, 0.0, sin], [0.0, 1.0, 0.0], [sin, 0.0, cos]])  # left, top, right: normals towards the camera
+    faces = np.array([[-cos, 0.0, sin], [0.0, 1.0, 0.0], [sin, 0.0, cos]])  # the normals of left, top and right
     origin = np.stack([x, y * _COS - half, -y * _SIN], axis=-1) @ faces.T
     speed = faces @ np.array([0.0, _SIN, _COS])
-    enter, leave = (half - origin) / speed, (-half - origin) / speed  # t grows towards the camera, so `enter` is the larger
+    enter, leave = (
+        (half - origin) / speed,
+        (-half - origin) / speed,
+    )  # t grows towards the camera: `enter` is the larger
     first = enter.argmin(axis=-1)
     return enter.min(axis=-1) >= leave.max(axis=-1), faces[first]
 
@@ -95,7 +107,9 @@ _TRACE: dict[str, Callable[[np.ndarray, np.ndarray], _Surface]] = {
 
 
 def shade(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """(..., 3): coverage in {0, 1}; coverage × diffuse factor on the object's colour (about 0.5 to 1.1); coverage × white gloss."""
+    """(..., 3): coverage, 0 or 1; coverage x diffuse factor on the colour (0.54 to 1.08); coverage x white gloss (0
+    to 0.4).
+    """
     hit, normal = _TRACE[shape](x, y)
     light = _LIGHT / np.linalg.norm(_LIGHT)
     half_way = light + np.array([0.0, _SIN, _COS])
@@ -105,9 +119,11 @@ def shade(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.where(hit[..., None], np.stack([np.ones_like(diffuse), diffuse, gloss], axis=-1), 0.0)
 
 
-@lru_cache(maxsize=None)
+@cache
 def extent(shape: str) -> tuple[float, float, float]:
-    """(half width, reach below the base point, reach above it) of the silhouette on the screen, in units of the solid."""
+    """(half width, reach below the base point, reach above it) of the silhouette on the screen, in units of the
+    solid.
+    """
     grid = np.linspace(-0.6, 1.4, 1001)
     x, y = np.meshgrid(grid, grid)
     inside = _TRACE[shape](x, y)[0]

@@ -4,6 +4,7 @@ A split is one folder: ``00000.tar 00001.tar … index.json``. A sample is KEY.p
 and KEY.json (metadata, optional). The index makes a sample one ``pread`` away, so any order costs the same.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -70,7 +71,7 @@ class ShardWriter:
     """Context manager that fills a split folder; the same samples give the same bytes.
 
     A shard is written to ``NAME.tar.tmp`` and renamed when complete; ``index.json`` comes last, so a split without an
-    index is unfinished. After an exception nothing is left behind. Refuses a folder that already holds shards (DataError).
+    index is unfinished. After an exception nothing is left behind. DataError for a folder that already holds shards.
     """
 
     def __init__(self, split_dir: Path, shard_size: int = 1000) -> None:
@@ -89,7 +90,9 @@ class ShardWriter:
         marker = self.split_dir / _WRITING
         found = [*self.split_dir.glob("*.tar"), *self.split_dir.glob("index.json")]
         if found and not marker.exists():
-            raise DataError(f"{self.split_dir} already holds {found[0].name}; remove the folder or write to another one")
+            raise DataError(
+                f"{self.split_dir} already holds {found[0].name}; remove the folder or write to another one"
+            )
         for old in (*found, *self.split_dir.glob("*.tmp")):
             old.unlink()
         marker.touch()
@@ -99,9 +102,8 @@ class ShardWriter:
         """Append one sample. ``key`` is unique in the split and has no dot (webdataset cuts names at the first dot)."""
         if not key or "." in key or key in self._keys:
             raise DataError(f"{self.split_dir}: the key {key!r} is empty, has a dot, or was written before")
-        if self._tar is None:
-            self._open()
-        self._tar.write(
+        tar = self._open() if self._tar is None else self._tar
+        tar.write(
             {
                 "__key__": key,
                 "png": png,
@@ -121,8 +123,10 @@ class ShardWriter:
             self._close()
             write_index(self.split_dir, self._entries)
         else:
-            if self._file is not None:
-                self._file.close()
+            if self._tar is not None and self._file is not None:
+                with contextlib.suppress(OSError):  # a full disk must not hide the first error
+                    self._tar.close()
+                    self._file.close()
             for left in (*self.split_dir.glob("*.tar"), *self.split_dir.glob("*.tmp")):
                 left.unlink()
         (self.split_dir / _WRITING).unlink()
@@ -130,11 +134,12 @@ class ShardWriter:
     def _name(self) -> str:
         return f"{len(self._entries):05d}.tar"
 
-    def _open(self) -> None:
-        from webdataset import TarWriter  # takes a second to import; readers do not need it
+    def _open(self) -> Any:
+        from webdataset.writer import TarWriter  # takes a second to import; readers do not need it
 
         self._file = (self.split_dir / (self._name() + ".tmp")).open("wb")
         self._tar = TarWriter(self._file, user="unclip", group="unclip", mtime=0, encoder=False, compress=False)
+        return self._tar
 
     def _close(self) -> None:
         if self._tar is None or self._file is None:
@@ -190,9 +195,7 @@ def scan_shard(path: Path, check: Callable[[bytes], object] | None = None, bad: 
     }
 
 
-def _why_bad(
-    file: BinaryIO, found: dict[str, tuple[int, int]], check: Callable[[bytes], object] | None
-) -> str | None:
+def _why_bad(file: BinaryIO, found: dict[str, tuple[int, int]], check: Callable[[bytes], object] | None) -> str | None:
     image = next((found[kind] for kind in IMAGE_TYPES if kind in found), None)
     if image is None:
         return "no picture"

@@ -13,13 +13,15 @@ from unclip.errors import DataError
 def load_image(content: bytes, size: int | None = None) -> Tensor:
     """Decode a png, jpg or webp file to (3, H, W) uint8 RGB; with ``size``, cut to a size x size square.
 
-    Transparency is laid on white, the camera's orientation is applied, grey, palette, CMYK and 16-bit pictures become RGB.
-    Raises DataError when the file is damaged.
+    Transparency is laid on white, the camera's orientation is applied; grey, palette, CMYK and 16-bit pictures become
+    RGB. Raises DataError when the file is damaged.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
             if size is not None:
-                image.draft("RGB", (2 * size, 2 * size))  # JPEG decodes straight to a fraction of its size; else no effect
+                image.draft(
+                    "RGB", (2 * size, 2 * size)
+                )  # JPEG decodes straight to a fraction of its size; else no effect
             picture = to_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"the picture cannot be decoded ({error})") from error

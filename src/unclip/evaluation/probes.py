@@ -1,7 +1,8 @@
-"""The oracle of the shapes data: what a picture shows, read without learned weights, and how often it is what was asked for.
+"""The oracle of the shapes data: what a picture shows, read without learned weights, and how often it is what was
+asked for.
 
-A probe tells whether a model binds colours to shapes and places them: let it draw the captions of the verdict split, read
-the drawings, and judge them against the scenes' ground truth.
+A probe tells whether a model binds colours to shapes and places them: let it draw the captions of the verdict split,
+read the drawings, and judge them against the scenes' ground truth.
 """
 
 import math
@@ -12,18 +13,19 @@ from typing import Any
 import numpy as np
 
 from unclip.data.shapes_caption import INVERSE
-from unclip.evaluation.scene_fit import Fit, colour_of, fit_solids, signal
+from unclip.evaluation.scene_fit import Fit, colour_of, fit_solids, sharpness, signal
 
-_CLEAN = 0.15  # the share of coloured energy that a clean scene may leave unexplained
-_ONE_MAY_LEAVE = 0.08  # a single solid that leaves less needs no second
-_TWO_MUST_HALVE = 0.65  # else a second solid must bring the rest down by this factor
+_CLEAN = 0.20  # the share of coloured energy that a clean scene may leave unexplained
+_SHARP = 0.40  # see `sharpness`; a blur of 2 of 32 pixels
+_SECOND_BRINGS = 0.5  # a second solid must bring the rest down by this factor
+_SECOND_SHOWS = 0.35  # and be this visible
 _AMPLITUDE = (0.6, 1.4)  # of a solid's chroma, against its colour's
 _ASKEW = 0.8  # two solids whose centres are this diagonal stand in no relation
 
 
 @dataclass(frozen=True)
 class SeenSolid:
-    """One solid as read: bbox (x0, y0, x1, y1) and centre in sides of the picture, y downwards; confidence in [0, 1]."""
+    """One solid as read: bbox (x0, y0, x1, y1), centre in sides of the picture, y downwards; confidence in [0, 1]."""
 
     colour: str
     shape: str
@@ -39,8 +41,9 @@ class SeenSolid:
 class Reading:
     """What a picture shows; no objects if it is no clean scene of one or two solids.
 
-    Two solids are ordered from left to right or from top to bottom, so `relation` is "left of" or "on top of" (None when
-    they stand askew, and for fewer solids). `residual` is the share of the coloured energy that the best fit leaves unexplained.
+    Two solids are ordered from left to right or from top to bottom, so `relation` is "left of" or "on top of" (None
+    when they stand askew, and for fewer solids). `residual` is the share of the coloured energy that the best fit
+    leaves unexplained, 1 where none was tried.
     """
 
     objects: tuple[SeenSolid, ...]
@@ -48,9 +51,10 @@ class Reading:
     residual: float
 
 
-def _choose(single: Fit, pair: Fit) -> Fit:
-    enough = single.residual < _ONE_MAY_LEAVE or pair.residual > _TWO_MUST_HALVE * single.residual
-    return single if enough else pair
+def _choose(single: Fit, pair: Fit | None) -> Fit:
+    if pair is None or pair.residual > _SECOND_BRINGS * single.residual or pair.visible < _SECOND_SHOWS:
+        return single
+    return pair
 
 
 def _relate(first: SeenSolid, second: SeenSolid) -> str | None:
@@ -66,9 +70,12 @@ def read_scene(picture: np.ndarray) -> Reading:
     """Reads a square RGB picture, (S, S, 3) uint8, from its pixels alone. Raises ValueError for other arrays."""
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[0] != picture.shape[1] or picture.shape[2] != 3:
         raise ValueError(f"expected a square RGB picture (S, S, 3) uint8, got {picture.shape} {picture.dtype}")
-    fits = fit_solids(signal(picture))
+    plane = signal(picture)
+    if sharpness(plane) < _SHARP:
+        return Reading((), None, 1.0)
+    fits = fit_solids(plane)
     if fits is None:
-        return Reading((), None, 0.0)
+        return Reading((), None, 1.0)
     best = _choose(*fits)
     strength = [abs(u) for u in best.amplitudes]
     if best.residual > _CLEAN or min(strength) < _AMPLITUDE[0] or max(strength) > _AMPLITUDE[1]:
@@ -118,8 +125,9 @@ class Share:
 class Verdict:
     """How often drawings show what their captions ask for. An unreadable picture is a wrong one.
 
-    `objects`: single captions with exactly that solid. `pairs`: pair captions with exactly those two solids. `relations`: right
-    relations among the right pairs. `scenes`: pair captions with all of it right, the product of the two.
+    `objects`: single captions with exactly that solid. `pairs`: pair captions with exactly those two solids.
+    `relations`: right relations among the right pairs. `scenes`: pair captions with all of it right, the product of
+    the two.
     """
 
     objects: Share

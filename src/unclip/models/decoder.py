@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from unclip.data.batch import Batch
 from unclip.diffusion.gaussian import DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
-from unclip.diffusion.samplers import sample
+from unclip.diffusion.samplers import SamplerConfig, sample
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import training_pictures
 from unclip.models.sampling import DiffusionSampling
-from unclip.nets.conditioned import ConditioningConfig, DecoderNet
+from unclip.nets.conditioned import ConditioningConfig, DecoderNet, DecoderText
 from unclip.nets.layers import ClipWidths, Cond, Keep
 from unclip.nets.unet import UNetConfig
 
@@ -39,7 +40,9 @@ class DecoderConfig(ModelConfig):
     net: UNetConfig = field(default_factory=lambda: UNetConfig(attention_levels=[1, 2]))
     conditioning: ConditioningConfig = field(default_factory=ConditioningConfig)
     diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(learned_variance=True, clip_range=1.0))
-    sampling: DiffusionSampling = field(default_factory=DiffusionSampling)
+    sampling: DiffusionSampling = field(
+        default_factory=lambda: DiffusionSampling(SamplerConfig(num_steps=250), Guidance(1.25))
+    )
     drop_image: float = 0.1
     drop_text: float = 0.5
     embedding_norm: EmbeddingNorm = EmbeddingNorm.unit
@@ -90,8 +93,7 @@ class Decoder(nn.Module):
         """Scalars whose sum is the loss. Rows lose z_i and the text side by chance, independently."""
         pictures = training_pictures(batch.image, self.cfg.image_size)
         cond = self.cond(batch)
-        if self.cfg.conditioning.image and cond.image_emb is None:
-            raise ValueError("this decoder trains on z_i but the batch has none; ask the data for the column image_emb")
+        self._check_columns(cond)
         keep = Keep(
             image=noise.uniform((), "drop image") >= self.cfg.drop_image,
             text=noise.uniform((), "drop text") >= self.cfg.drop_text,
@@ -115,6 +117,19 @@ class Decoder(nn.Module):
             self.net, context, shape=shape, num_steps=how.sampler.num_steps, guidance=how.guidance
         )
         return sample(how.sampler, denoiser, noise, x_T=x_T).clamp(-1, 1)
+
+    def _check_columns(self, cond: Cond) -> None:
+        """In training a missing condition is a mistake; in sampling it counts as dropped."""
+        conditioning = self.cfg.conditioning
+        needed = {
+            "image_emb": conditioning.image,
+            "text_emb": conditioning.text_emb,
+            "text_seq": conditioning.text is DecoderText.clip_states,
+            "tokens": conditioning.text is DecoderText.transformer,
+        }
+        for column, is_needed in needed.items():
+            if is_needed and vars(cond)[column] is None:
+                raise ValueError(f"the batch has no column {column}, which this decoder trains on; add it to the data")
 
     def _scaled(self, cond: Cond) -> Cond:
         return replace(cond, image_emb=self._scaled_emb(cond.image_emb), text_emb=self._scaled_emb(cond.text_emb))

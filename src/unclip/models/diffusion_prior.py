@@ -13,7 +13,7 @@ from unclip.diffusion.gaussian import DiffusionConfig, GaussianDiffusion, Predic
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import sample
 from unclip.models.decoder import cut_to, guided_context
-from unclip.models.interface import Interface, ModelConfig
+from unclip.models.interface import Interface, PriorConfig
 from unclip.models.sampling import PriorSampling
 from unclip.nets.layers import ClipWidths, Cond, Keep
 from unclip.nets.transformer import PriorNet, PriorNetConfig
@@ -29,7 +29,7 @@ class EmbeddingSpace(Enum):
 
 
 @dataclass
-class DiffusionPriorConfig(ModelConfig):
+class DiffusionPriorConfig(PriorConfig):
     """A diffusion model over z_i that predicts x0 with a squared error and drops the text side 10 % of the time.
 
     ``embedding_scale`` belongs to the scaled space; its default 0.5375·√d is the paper's 17.2 at d = 1024.

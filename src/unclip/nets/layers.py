@@ -150,6 +150,19 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(sinusoid)))
 
 
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q kᵀ / √d) v. query (B, heads, N, d), keys and values (B, heads, M, d); mask bool, True = may be seen.
+
+    A CPU trains by plain products: in bfloat16 its fused kernel takes two to four times as long at a U-Net's sizes.
+    """
+    if not (query.is_cpu and query.requires_grad):
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+    scores = (query * query.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+    if mask is not None:
+        scores = scores + torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, float("-inf"))
+    return scores.softmax(dim=-1) @ values
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """(B, N, C) to (B, heads, N, C / heads), a view."""
     return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)

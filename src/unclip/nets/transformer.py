@@ -16,6 +16,7 @@ from unclip.nets.layers import (
     KeyValue,
     Null,
     TimestepEmbedding,
+    attend,
     caption_mask,
     keep_rows,
     merge_heads,
@@ -41,7 +42,7 @@ class Attention(nn.Module):
         own = self.keys_values(x)
         keys, values = own if past is None else (torch.cat((past[i], own[i]), dim=2) for i in (0, 1))
         query = split_heads(self.to_q(x), self.num_heads)
-        return self.to_out(merge_heads(F.scaled_dot_product_attention(query, keys, values, attn_mask=mask))), own
+        return self.to_out(merge_heads(attend(query, keys, values, mask))), own
 
 
 class Gelu(nn.Module):

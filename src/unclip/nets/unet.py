@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unclip.nets.layers import KeyValue, TimestepEmbedding, merge_heads, split_heads, zero_init
+from unclip.nets.layers import KeyValue, TimestepEmbedding, attend, merge_heads, split_heads, zero_init
 
 
 @dataclass
@@ -145,7 +145,7 @@ class ContextAttention(nn.Module):
             keys, values = torch.cat((context[0], keys), dim=2), torch.cat((context[1], values), dim=2)
         if mask is not None:
             mask = F.pad(mask, (0, height * width), value=True)[:, None, None]
-        h = self.to_out(merge_heads(F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)))
+        h = self.to_out(merge_heads(attend(query, keys, values, mask)))
         return x + h.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 

@@ -1,0 +1,95 @@
+"""Decoded pictures of a split, by sample number: bad ones replaced, and kept in memory if wanted."""
+
+import logging
+import mmap
+import os
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unclip.data.shards import Shards
+from unclip.data.transforms import load_image
+from unclip.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+class Pictures:
+    """Reads and decodes samples of ``shards``, ``size`` pixels square (None: as they are, all alike).
+
+    With ``cache``, every picture is decoded once and then kept (N · 3 · size² bytes, shared with forked workers). A
+    damaged picture is replaced by the next good sample of its shard, counted in ``num_replaced`` and logged once.
+    """
+
+    def __init__(self, shards: Shards, size: int | None, cache: bool = False) -> None:
+        self.shards, self.size = shards, size
+        self.num_replaced = 0
+        self._instead: dict[int, int] = {}
+        self._wants_cache = cache
+        self._shape: tuple[int, ...] | None = None
+        self._cached: np.ndarray | None = None  # (N, 3, H, W)
+        self._filled: np.ndarray | None = None  # (N,) bool
+        if cache:
+            self.prepare_cache()
+
+    def prepare_cache(self) -> None:
+        """Reserve memory, which is taken page by page as pictures are decoded. DataError for too large sets."""
+        self._shape = tuple(self._load_or_replace(np.array([0]), 0).shape)
+        num_bytes = len(self.shards) * int(np.prod(self._shape))
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if num_bytes > memory // 2:
+            raise DataError(
+                f"data.cache would keep {num_bytes / 1e9:.1f} GB of pictures of {self.shards.split_dir} in memory, "
+                f"more than half of this machine's {memory / 1e9:.1f} GB; set data.cache=false"
+            )
+        self._cached = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8).reshape(len(self.shards), *self._shape)
+        self._filled = np.frombuffer(mmap.mmap(-1, len(self.shards)), np.bool_)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_cached": None, "_filled": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        if self._wants_cache:
+            self.prepare_cache()
+
+    def batch(self, indices: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """uint8 (B, 3, H, W) and the samples that they really are: ``indices`` with damaged ones replaced."""
+        used = np.array([self._instead.get(i, i) for i in indices.tolist()])
+        if self._cached is None or self._filled is None:
+            pictures = [self._load_or_replace(used, place) for place in range(len(used))]
+            shapes = {tuple(picture.shape) for picture in pictures}
+            if len(shapes) > 1:
+                raise DataError(f"{self.shards.split_dir} has pictures of shapes {sorted(shapes)}; set data.image_size")
+            return torch.stack(pictures), used
+        for place in np.flatnonzero(~self._filled[used]):
+            picture = self._load_or_replace(used, int(place))
+            if tuple(picture.shape) != self._shape:
+                raise DataError(f"{self.shards.split_dir} has pictures of several shapes; set data.image_size")
+            self._cached[used[place]] = picture.numpy()
+            self._filled[used[place]] = True
+        return torch.from_numpy(self._cached[used]), used
+
+    def _load_or_replace(self, used: np.ndarray, place: int) -> Tensor:
+        """The picture of sample ``used[place]``; if it is damaged, that entry moves on to a good one."""
+        wanted = int(used[place])
+        shard = self.shards.shard_of(wanted)
+        start, count = int(self.shards.starts[shard]), self.shards.shard_sizes[shard]
+        for step in range(count):
+            sample = start + (wanted - start + step) % count
+            try:
+                picture = self._load(sample)
+            except DataError as error:
+                if step == 0 and wanted not in self._instead:
+                    log.warning("%s: %s; taking the next sample instead", self.shards.keys[wanted], error)
+                continue
+            if step:
+                self.num_replaced += 1
+                self._instead[wanted] = sample
+                used[place] = sample
+            return picture
+        raise DataError(f"no picture of {self.shards.split_dir / self.shards.names[shard]} can be decoded")
+
+    def _load(self, sample: int) -> Tensor:
+        return load_image(self.shards.image(sample), self.size)

@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from unclip.evaluation.metrics import retrieval
+
+
+def test_perfect_and_shifted_pairs() -> None:
+    vectors = torch.eye(6)
+    names = list("abcdef")
+    assert set(retrieval(vectors * 3, vectors, names).values()) == {1.0}
+    shifted = retrieval(vectors, vectors.roll(1, 0) + 0.5 * vectors, names)
+    assert shifted["text_to_image_recall_1"] == 0.0
+    assert shifted["text_to_image_recall_5"] == 1.0
+
+
+def test_constant_embeddings_find_nothing() -> None:
+    found = retrieval(torch.ones(8, 4), torch.ones(8, 4), list(range(8)))
+    assert set(found.values()) == {0.0}
+
+
+def test_identical_captions_are_hits_and_take_one_place() -> None:
+    texts = torch.eye(4)[[0, 0, 1, 2, 3]]
+    images = torch.eye(4)[[0, 1, 1, 2, 3]] + 0.1 * torch.eye(4)[[0, 0, 1, 2, 3]]
+    found = retrieval(images, texts, ["a", "a", "b", "c", "d"], ks=(1, 2))
+    # Picture 1 looks like caption b: wrong at 1, right at 2, though caption a stands there twice.
+    assert found["image_to_text_recall_1"] == pytest.approx(4 / 5)
+    assert found["image_to_text_recall_2"] == 1.0
+    # Both captions a find picture 0, which has the same caption; caption b finds picture 2 just before picture 1.
+    assert found["text_to_image_recall_1"] == 1.0
+
+
+def test_chunks_change_nothing_and_chance_level_is_right() -> None:
+    torch.manual_seed(0)
+    images, texts = torch.randn(400, 8), torch.randn(400, 8)
+    whole = retrieval(images, texts, list(range(400)))
+    assert whole == retrieval(images, texts, list(range(400)), chunk=37)
+    assert whole["text_to_image_recall_5"] == pytest.approx(5 / 400, abs=0.02)
+
+
+def test_columns_of_different_length_are_refused() -> None:
+    with pytest.raises(ValueError, match="not pairs"):
+        retrieval(torch.ones(3, 2), torch.ones(2, 2), ["a", "b"])

@@ -1,0 +1,207 @@
+import os
+import pickle
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from unclip.data.batch import Batch
+from unclip.errors import ArtifactError, ConfigError
+from unclip.models.clip import CLIP, CLIPConfig, Tokenizer, contrastive_loss
+from unclip.models.interface import Interface
+
+SMALL = {
+    "embed_dim": 24,
+    "image_size": 16,
+    "vision_width": 32,
+    "vision_layers": 2,
+    "vision_heads": 2,
+    "text_width": 32,
+    "text_layers": 2,
+    "text_heads": 2,
+    "context_length": 16,
+}
+CAPTIONS = ["a red cube left of a blue ball", "", "two cones"]
+
+
+@pytest.fixture(scope="module")
+def clip() -> CLIP:
+    torch.manual_seed(0)
+    return CLIP(CLIPConfig(**SMALL)).eval()
+
+
+@pytest.fixture(scope="module")
+def plain(clip: CLIP) -> open_clip.CLIP:
+    """open_clip's own model, with its own attention, and the same weights."""
+    vision = {"image_size": 16, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
+    text = {"context_length": 16, "width": 32, "layers": 2, "heads": 2}
+    model = open_clip.CLIP(embed_dim=24, vision_cfg=vision, text_cfg=text).eval()
+    model.load_state_dict(clip.model.state_dict(), strict=True)
+    return model
+
+
+@torch.no_grad()
+def test_embeddings_are_open_clips(clip: CLIP, plain: open_clip.CLIP) -> None:
+    image = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    assert_close(clip.encode_image(image), plain.encode_image((image / 255 - mean) / std), atol=1e-5, rtol=1e-5)
+    tokens = clip.tokenize(CAPTIONS)
+    text_emb, text_seq = clip.encode_text(tokens)
+    assert_close(text_emb, plain.encode_text(tokens), atol=1e-5, rtol=1e-5)
+    assert text_seq.shape == (3, 16, 32)
+
+
+@torch.no_grad()
+def test_cut_captions_give_the_same(clip: CLIP) -> None:
+    tokens = clip.tokenize(CAPTIONS)
+    length = int(tokens.argmax(1).max()) + 1
+    assert length < 16
+    text_emb, text_seq = clip.encode_text(tokens)
+    cut_emb, cut_seq = clip.encode_text(tokens[:, :length])
+    assert_close(cut_emb, text_emb, atol=1e-6, rtol=1e-5)
+    assert_close(cut_seq, text_seq[:, :length], atol=1e-6, rtol=1e-5)
+
+
+def test_tokens_are_clips_and_long_captions_keep_their_end() -> None:
+    tokenizer = pickle.loads(pickle.dumps(Tokenizer(8)))
+    tokens = tokenizer(["a photo of a cat", "cat " * 50])
+    assert tokens[0].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
+    assert tokens[1].tolist() == [49406, *[2368] * 6, 49407]
+
+
+@torch.no_grad()
+def test_other_sizes_are_resized_and_cropped(clip: CLIP) -> None:
+    flat = torch.full((1, 3, 16, 16), 90, dtype=torch.uint8)
+    wide = torch.zeros((1, 3, 40, 80), dtype=torch.uint8)
+    wide[..., 10:70] = 90
+    assert_close(clip.encode_image(wide), clip.encode_image(flat), atol=1e-5, rtol=1e-5)
+
+
+def test_contrastive_loss_of_known_logits() -> None:
+    same = torch.eye(4)
+    expected = -torch.log(torch.exp(torch.tensor(2.0)) / (torch.exp(torch.tensor(2.0)) + 3))
+    assert_close(contrastive_loss(same, same, torch.tensor(2.0)), expected)
+    one = torch.ones(8, 4) / 2
+    assert_close(contrastive_loss(one, one, torch.tensor(50.0)), torch.tensor(8.0).log())
+    images, texts = F.normalize(torch.randn(2, 6, 5), dim=-1)
+    both = contrastive_loss(images, texts, torch.tensor(3.0))
+    assert_close(both, contrastive_loss(texts, images, torch.tensor(3.0)))
+
+
+def test_training_learns_pairs_and_bounds_the_scale() -> None:
+    torch.manual_seed(0)
+    clip = CLIP(CLIPConfig(**SMALL))
+    colours = torch.randint(0, 256, (8, 3, 1, 1), dtype=torch.uint8)
+    tokens = clip.tokenize([f"number {i}" for i in range(8)])[:, :6]
+    batch = Batch(position=list(range(8)), image=colours.expand(8, 3, 16, 16), tokens=tokens)
+    with torch.no_grad():
+        clip.model.logit_scale.fill_(9.0)
+    clip.losses(batch)
+    assert_close(clip.model.logit_scale.exp().item(), 100.0)
+    with torch.no_grad():
+        clip.model.logit_scale.fill_(2.6)
+    optimizer = torch.optim.AdamW(clip.parameters(), 1e-3)
+    for _ in range(40):
+        loss = clip.losses(batch)["contrastive"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3 < torch.tensor(8.0).log()
+    assert all(p.grad is not None for p in clip.parameters())
+
+
+def _one_rank(rank: int, port: int, out: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    images, texts = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
+    weight = torch.eye(4, requires_grad=True)
+    mine = slice(rank * 3, rank * 3 + 3)
+    loss = contrastive_loss(images[mine] @ weight, texts[mine], torch.tensor(5.0))
+    loss.backward()
+    assert weight.grad is not None
+    dist.all_reduce(weight.grad)
+    if rank == 0:
+        torch.save((loss.detach(), weight.grad / 2), out)
+    dist.destroy_process_group()
+
+
+def test_two_ranks_see_the_global_batch(tmp_path: Path) -> None:
+    out = str(tmp_path / "out.pt")
+    mp.start_processes(_one_rank, (29000 + os.getpid() % 2000, out), nprocs=2, start_method="fork")
+    loss, gradient = torch.load(out)
+    torch.manual_seed(0)
+    images, texts = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
+    weight = torch.eye(4, requires_grad=True)
+    expected = contrastive_loss(images @ weight, texts, torch.tensor(5.0))
+    expected.backward()
+    assert_close(loss, expected.detach())
+    assert_close(gradient, weight.grad)
+
+
+def test_interface_and_its_check(clip: CLIP) -> None:
+    assert clip.interface() == Interface(24, 32, 16, 49408, "")
+    CLIP(CLIPConfig(**SMALL), Interface(24, 32, 16, 49408, "hash"))
+    with pytest.raises(ArtifactError, match="embed_dim=25"):
+        CLIP(CLIPConfig(**SMALL), Interface(25, 32, 16, 49408))
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_local_weights_load_strictly(clip: CLIP, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"weights.{kind}"
+    state = {name: value.contiguous() for name, value in clip.model.state_dict().items()}
+    torch.save({"state_dict": state}, path) if kind == "pt" else save_file(state, path)
+    other = CLIP(CLIPConfig(**SMALL, pretrained=str(path)))
+    other.fit()
+    assert all(torch.equal(other.model.state_dict()[name], value) for name, value in state.items())
+    del state["ln_final.weight"]
+    torch.save(state, path) if kind == "pt" else save_file(state, path)
+    with pytest.raises(ArtifactError, match="ln_final"):
+        other.fit()
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("exit 1",)
+
+
+def test_pickled_code_does_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save({"state_dict": Evil()}, path)
+    with pytest.raises(ArtifactError, match=r"weights\.pt"):
+        CLIP(CLIPConfig(**SMALL, pretrained=str(path))).fit()
+
+
+def quick(config: CLIPConfig) -> bool:
+    from unclip.models.clip import _architecture
+
+    return bool(_architecture(config)[0].get("quick_gelu"))
+
+
+def test_openai_weights_get_quick_gelu() -> None:
+    assert quick(CLIPConfig(name="ViT-B-32", pretrained="openai"))
+    assert not quick(CLIPConfig(name="ViT-B-32", pretrained="laion2b_s34b_b79k"))
+    assert quick(CLIPConfig(name="ViT-B-32-quickgelu", pretrained="laion400m_e32"))
+    assert not quick(CLIPConfig(name="ViT-B-32", pretrained="openai", quick_gelu=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "ViT-B-33"}, "not in open_clip"),
+        ({"name": "ViT-B-16-SigLIP"}, "another text tower"),
+        ({"name": "ViT-B-32", "patch_size": 16}, "patch_size has no effect"),
+        ({"image_size": 33}, "not a multiple"),
+        ({"text_width": 100}, "multiples of their numbers of heads"),
+        ({"pretrained": "openai"}, "neither a file nor a tag"),
+    ],
+)
+def test_wrong_settings_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CLIP(CLIPConfig(**{**change})).fit()  # type: ignore[arg-type]

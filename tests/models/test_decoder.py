@@ -1,0 +1,237 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+
+from unclip.data.batch import Batch
+from unclip.diffusion.gaussian import DiffusionConfig, Predict
+from unclip.diffusion.guidance import Guidance
+from unclip.diffusion.noise import Noise
+from unclip.diffusion.samplers import Sampler, SamplerConfig
+from unclip.models.decoder import Decoder, DecoderConfig, EmbeddingNorm
+from unclip.models.interface import Interface
+from unclip.models.sampling import DiffusionSampling
+from unclip.nets.conditioned import ConditioningConfig, DecoderText
+from unclip.nets.layers import Cond
+from unclip.nets.transformer import TextTransformerConfig
+from unclip.nets.unet import UNetConfig
+
+D, L = 12, 6
+INTERFACE = Interface(embed_dim=D, text_width=10, context_length=L, vocab_size=40)
+NET = UNetConfig(channels=[16, 32], num_blocks=1, attention_levels=[1], head_dim=16, groups=8)
+TEXT = ConditioningConfig(
+    text=DecoderText.transformer, context_dim=16, transformer=TextTransformerConfig(width=16, depth=1, num_heads=2)
+)
+V = DiffusionConfig(predict=Predict.v, clip_range=1.0)
+DDIM = DiffusionSampling(SamplerConfig(Sampler.ddim, 4), Guidance(2.0))
+
+
+def make(randomise: bool = True, **options) -> Decoder:
+    torch.manual_seed(0)
+    model = Decoder(DecoderConfig(**{"image_size": 8, "net": NET, "conditioning": TEXT, **options}), INTERFACE)
+    if randomise:  # a fresh decoder predicts zero whatever it sees
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if not parameter.any():
+                    parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def make_batch(size: int = 4, pixels: int = 8) -> Batch:
+    torch.manual_seed(1)
+    tokens = torch.randint(1, 30, (size, L))
+    tokens[:, 3], tokens[:, 4:] = 39, 0
+    return Batch(
+        position=list(range(10, 10 + size)),
+        key=["k"] * size,
+        caption=["c"] * size,
+        tokens=tokens,
+        image=torch.randint(0, 256, (size, 3, pixels, pixels), dtype=torch.uint8),
+        image_emb=5 * torch.randn(size, D),
+        text_emb=5 * torch.randn(size, D),
+        text_seq=torch.randn(size, L, 10),
+    )
+
+
+def test_the_config_is_usable_by_omegaconf():
+    cfg = OmegaConf.merge(OmegaConf.structured(DecoderConfig), {"net": {"channels": [64, 64, 128]}, "drop_text": 0.2})
+    built = OmegaConf.to_object(cfg)
+    assert isinstance(built, DecoderConfig)
+    assert built.net.channels == [64, 64, 128]
+    assert built.drop_text == 0.2
+
+
+def test_the_same_seed_gives_the_same_picture_in_any_batch():
+    model, batch = make(), make_batch(7)
+    noise = Noise.at(3, batch.position)
+    together = model.sample(model.cond(batch), DDIM, noise)
+    row = slice(4, 5)
+    alone = Cond(image_emb=batch.image_emb[row], tokens=batch.tokens[row], text_mask=None)
+    picture = model.sample(alone, DDIM, Noise.at(3, batch.position[row]))
+    assert (picture - together[row]).abs().mean() <= 1 / 255
+    assert_close(picture, together[row], atol=1e-4, rtol=0)
+    assert (together[0] - together[4]).abs().mean() > 0.05
+
+
+def test_losses_of_a_sample_do_not_depend_on_its_batch():
+    model, batch = make(), make_batch(4)
+    whole = model.losses(batch, Noise.at(3, batch.position))["mse"]
+    halves = []
+    for rows in (slice(0, 2), slice(2, 4)):
+        part = Batch(
+            position=batch.position[rows],
+            key=["k"] * 2,
+            caption=["c"] * 2,
+            tokens=batch.tokens[rows],
+            image=batch.image[rows],
+            image_emb=batch.image_emb[rows],
+        )
+        halves.append(model.losses(part, Noise.at(3, part.position))["mse"])
+    assert_close(torch.stack(halves).mean(), whole)
+
+
+def test_the_default_form_is_the_papers():
+    cfg = DecoderConfig()
+    assert (cfg.drop_image, cfg.drop_text) == (0.1, 0.5)
+    assert cfg.diffusion.learned_variance
+    assert cfg.diffusion.predict is Predict.eps
+    terms = make().losses(make_batch(), Noise([1, 2, 3, 4]))
+    assert set(terms) == {"mse", "vlb"}
+
+
+class Recorder(torch.nn.Module):
+    """A net that keeps what the model hands it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def prepare(self, cond, keep):
+        self.cond, self.keep = cond, keep
+        return self
+
+    def forward(self, x_t, timestep, context):
+        return x_t * 0 + self.weight
+
+
+def test_conditions_are_dropped_independently_at_the_set_rates():
+    model = make(diffusion=V, drop_image=0.2, drop_text=0.4)
+    model.net = Recorder()
+    size = 4000
+    batch = Batch(
+        position=list(range(size)),
+        image=torch.zeros(size, 3, 8, 8, dtype=torch.uint8),
+        image_emb=torch.randn(size, D),
+        tokens=torch.zeros(size, L, dtype=torch.int64),
+    )
+    model.losses(batch, Noise.at(0, batch.position))
+    image, text = model.net.keep.image, model.net.keep.text
+    assert_close(image.float().mean(), torch.tensor(0.8), atol=0.03, rtol=0)
+    assert_close(text.float().mean(), torch.tensor(0.6), atol=0.03, rtol=0)
+    assert_close((image & text).float().mean(), torch.tensor(0.48), atol=0.03, rtol=0)
+
+
+def test_embeddings_enter_at_unit_variance_or_raw():
+    batch = make_batch()
+    for options, wanted in (
+        ({}, torch.nn.functional.normalize(batch.image_emb, dim=1) * D**0.5),
+        ({"embedding_scale": 2.0}, torch.nn.functional.normalize(batch.image_emb, dim=1) * 2),
+        ({"embedding_norm": EmbeddingNorm.raw}, batch.image_emb),
+    ):
+        model = make(diffusion=V, **options)
+        model.net = Recorder()
+        model.losses(batch, Noise([1, 2, 3, 4]))
+        assert_close(model.net.cond.image_emb, wanted)
+
+
+def test_guidance_scale_one_and_zero_are_the_plain_branches():
+    model, batch = make(diffusion=V), make_batch()
+    cond, noise = model.cond(batch), Noise([1, 2, 3, 4])
+
+    def draw(cond: Cond, scale: float) -> torch.Tensor:
+        return model.sample(cond, replace(DDIM, guidance=Guidance(scale)), noise)
+
+    nothing = cond.without_text().without_image()
+    assert_close(draw(cond, 0.0), draw(nothing, 1.0), atol=1e-4, rtol=0)
+    assert_close(draw(cond, 1.0 + 1e-6), draw(cond, 1.0), atol=1e-4, rtol=0)
+    assert (draw(cond, 3.0) - draw(cond, 1.0)).abs().mean() > 1e-3
+
+
+def test_a_negative_caption_takes_the_place_of_none():
+    model, batch = make(diffusion=V), make_batch()
+    cond, noise = model.cond(batch), Noise([1, 2, 3, 4])
+    plain = model.sample(cond, DDIM, noise)
+    negative = Cond(tokens=cond.tokens.flip(0)[:, :5], text_emb=cond.text_emb, text_seq=cond.text_seq[:, :5])
+    assert (model.sample(cond, DDIM, noise, negative=negative) - plain).abs().mean() > 1e-4
+    zero = replace(DDIM, guidance=Guidance(0.0))
+    wanted = model.sample(negative, replace(DDIM, guidance=Guidance(1.0)), noise)
+    assert_close(model.sample(cond, zero, noise, negative=negative), wanted, atol=1e-4, rtol=0)
+
+
+def test_larger_pictures_are_resized_and_smaller_ones_refused():
+    model, batch, noise = make(diffusion=V), make_batch(), Noise([1, 2, 3, 4])
+    grid = torch.linspace(0, 255, 8)
+    batch.image = grid.round().to(torch.uint8).expand(4, 3, 8, 8)
+    larger = replace(batch, image=batch.image.repeat_interleave(4, 2).repeat_interleave(4, 3))
+    assert_close(model.losses(larger, noise), model.losses(batch, noise), rtol=0.02, atol=0)
+    with pytest.raises(ValueError, match="smaller image_size"):
+        model.losses(make_batch(pixels=4), noise)
+
+
+def test_bf16_autocast_stays_near_float32():
+    model, batch, noise = make(), make_batch(pixels=16), Noise([1, 2, 3, 4])
+    exact = model.losses(batch, noise)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model.losses(batch, noise)
+    for name, value in rough.items():
+        assert value.dtype == torch.float32
+        assert_close(value, exact[name], rtol=0.05, atol=0)
+
+
+def test_losses_and_sampling_never_wait_for_the_device():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        model = Decoder(DecoderConfig(image_size=8, net=NET, conditioning=TEXT), INTERFACE)
+        batch = Batch(
+            position=[0, 1],
+            tokens=torch.zeros(2, L, dtype=torch.int64),
+            image_emb=torch.zeros(2, D),
+            image=torch.zeros(2, 3, 16, 16, dtype=torch.uint8),
+        )
+        noise = Noise.at(0, batch.position, "cuda")
+        assert sum(model.losses(batch, noise).values()).device.type == "cuda"
+        assert model.sample(model.cond(batch), DDIM, noise).device.type == "cuda"
+
+
+def test_it_learns_to_draw_what_the_embedding_says():
+    colours = torch.tensor([[230, 20, 20], [20, 20, 230]], dtype=torch.uint8)
+    model = make(randomise=False, conditioning=ConditioningConfig(context_dim=16), diffusion=V).train()
+    embeddings = torch.randn(2, D)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    which = torch.arange(16) % 2
+    for step in range(60):
+        batch = Batch(
+            position=list(range(16 * step, 16 * step + 16)),
+            image_emb=embeddings[which],
+            image=colours[which][:, :, None, None].expand(-1, -1, 8, 8),
+        )
+        optimizer.zero_grad()
+        sum(model.losses(batch, Noise.at(0, batch.position)).values()).backward()
+        optimizer.step()
+    how = DiffusionSampling(SamplerConfig(Sampler.ddim, 8))
+    drawn = model.eval().sample(Cond(image_emb=embeddings), how, Noise([7, 8])).mean((2, 3))
+    assert_close(drawn, colours.float() / 127.5 - 1, atol=0.25, rtol=0)
+
+
+def test_refused_settings():
+    with pytest.raises(ValueError, match="attention_levels"):
+        DecoderConfig(net=UNetConfig())
+    with pytest.raises(ValueError, match="not a multiple of 4"):
+        DecoderConfig(image_size=30, net=UNetConfig([32, 64, 64], attention_levels=[1], head_dim=32))
+    with pytest.raises(ValueError, match="drop_text"):
+        DecoderConfig(drop_text=1.5)
+    for column in ("image_emb", "tokens"):
+        with pytest.raises(ValueError, match=f"no column {column}"):
+            make().losses(replace(make_batch(), **{column: None}), Noise([1, 2, 3, 4]))

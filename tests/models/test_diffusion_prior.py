@@ -1,0 +1,172 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from omegaconf import OmegaConf
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
+
+from unclip.data.batch import Batch
+from unclip.diffusion.gaussian import DiffusionConfig, Predict
+from unclip.diffusion.guidance import Guidance
+from unclip.diffusion.noise import Noise
+from unclip.diffusion.samplers import Sampler, SamplerConfig
+from unclip.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig, EmbeddingSpace, best_candidate
+from unclip.models.interface import Interface
+from unclip.models.sampling import PriorSampling
+from unclip.nets.layers import Cond
+from unclip.nets.transformer import PriorNetConfig, PriorText
+
+D, L = 12, 6
+INTERFACE = Interface(embed_dim=D, text_width=10, context_length=L, vocab_size=40)
+DDIM = PriorSampling(SamplerConfig(Sampler.ddim, 4))
+
+
+def make(text: PriorText = PriorText.clip_states, **options) -> DiffusionPrior:
+    torch.manual_seed(0)
+    net = PriorNetConfig(width=32, depth=2, num_heads=2, text=text)
+    return DiffusionPrior(DiffusionPriorConfig(net=net, **options), INTERFACE).eval()
+
+
+def make_batch(size: int = 4) -> Batch:
+    torch.manual_seed(1)
+    tokens = torch.randint(1, 30, (size, L))
+    tokens[:, 3], tokens[:, 4:] = 39, 0
+    return Batch(
+        position=list(range(10, 10 + size)),
+        key=["k"] * size,
+        caption=["c"] * size,
+        tokens=tokens,
+        image_emb=5 * torch.randn(size, D),
+        text_emb=5 * torch.randn(size, D),
+        text_seq=torch.randn(size, L, 10),
+    )
+
+
+def test_the_config_is_usable_by_omegaconf_and_is_the_papers():
+    cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DiffusionPriorConfig), {"num_draws": 4}))
+    assert isinstance(cfg, DiffusionPriorConfig)
+    assert cfg.num_draws == 4
+    assert cfg.diffusion.predict is Predict.x0
+    assert cfg.drop_text == 0.1
+    assert cfg.sampling.num_candidates == 2
+    assert cfg.sampling.guidance.scale == 1.0
+
+
+def test_the_papers_scale_at_its_width():
+    prior = make()
+    prior.interface = replace(INTERFACE, embed_dim=1024)
+    encoded = prior.encode(torch.randn(3, 1024))
+    assert_close(encoded.norm(dim=1), torch.full((3,), 17.2), atol=1e-3, rtol=0)
+    assert_close(encoded.std(), torch.tensor(0.5375), atol=0.02, rtol=0)
+
+
+def test_whitening_uses_the_statistics_and_comes_back():
+    prior = make(embedding_space=EmbeddingSpace.whitened)
+    rows = np.random.default_rng(0).normal(3.0, 2.0, (500, D))
+    prior.fit(SimpleNamespace(stats={"image_mean": rows.mean(0), "image_std": rows.std(0)}))
+    raw = torch.tensor(rows, dtype=torch.float32)
+    white = prior.encode(raw)
+    assert_close(white.mean(0), torch.zeros(D), atol=1e-5, rtol=0)
+    assert_close(white.std(0, correction=0), torch.ones(D), atol=1e-5, rtol=0)
+    assert_close(prior.decode(white), raw)
+    assert {"clip_mean", "clip_std"} <= set(prior.state_dict())
+
+
+def test_the_candidate_nearest_to_the_caption_wins_whatever_its_norm():
+    drawn = torch.tensor([[[10.0, 10.0], [1.0, 0.1]], [[0.0, 1.0], [1.0, 0.0]]])
+    assert_close(best_candidate(drawn, torch.tensor([[2.0, 0.0], [0.0, 3.0]])), torch.tensor([[1.0, 0.1], [0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("text", list(PriorText))
+def test_the_same_seed_gives_the_same_unit_norm_embedding_in_any_batch(text: PriorText):
+    prior, batch = make(text), make_batch(7)
+    cond = prior.cond(batch)
+    together = prior.sample(cond, DDIM, Noise.at(3, batch.position))
+    assert_close(together.norm(dim=1), torch.ones(7))
+    row = slice(4, 5)
+    alone = Cond(text_emb=cond.text_emb[row], text_seq=cond.text_seq[row], tokens=cond.tokens[row])
+    assert_close(prior.sample(alone, DDIM, Noise.at(3, batch.position[row])), together[row], atol=1e-5, rtol=1e-4)
+
+
+def test_guidance_zero_ignores_the_caption():
+    prior, batch, noise = make(), make_batch(), Noise([1, 2, 3, 4])
+    unguided = replace(DDIM, num_candidates=1, guidance=Guidance(0.0))
+    cond = prior.cond(batch)
+    other = Cond(text_emb=cond.text_emb.flip(0), text_seq=cond.text_seq.flip(0), tokens=cond.tokens)
+    assert_close(prior.sample(cond, unguided, noise), prior.sample(other, unguided, noise))
+    guided = replace(unguided, guidance=Guidance(3.0))
+    assert (prior.sample(cond, guided, noise) - prior.sample(other, guided, noise)).abs().max() > 1e-4
+
+
+def test_dropped_captions_leave_the_loss_and_undropped_enter_it():
+    batch, noise = make_batch(), Noise([1, 2, 3, 4])
+    other = replace(batch, text_emb=batch.text_emb.flip(0), text_seq=batch.text_seq.flip(0))
+    for rate, same in ((1.0, True), (0.0, False)):
+        prior = make(drop_text=rate)
+        difference = (prior.losses(batch, noise)["mse"] - prior.losses(other, noise)["mse"]).abs()
+        assert (difference < 1e-6) == same
+
+
+def test_several_draws_share_a_caption():
+    batch, noise = make_batch(), Noise([1, 2, 3, 4])
+    prior = make(num_draws=5)
+    terms = prior.losses(batch, noise)
+    assert terms["mse"].shape == ()
+    shapes = []
+    prior.net.register_forward_hook(lambda module, args, output: shapes.append((args[0].shape, args[1].shape)))
+    prior.losses(batch, noise)
+    assert shapes == [((4, 5, D), (4, 5))]
+
+
+def test_bf16_autocast_stays_near_float32():
+    prior, batch, noise = make(), make_batch(), Noise([1, 2, 3, 4])
+    exact = prior.losses(batch, noise)["mse"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = prior.losses(batch, noise)["mse"]
+    assert rough.dtype == torch.float32
+    assert_close(rough, exact, rtol=0.05, atol=0)
+
+
+def test_losses_and_sampling_never_wait_for_the_device():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
+        prior = DiffusionPrior(DiffusionPriorConfig(net=PriorNetConfig(width=32, depth=2, num_heads=2)), INTERFACE)
+        batch = Batch(
+            position=[0, 1],
+            tokens=torch.zeros(2, L, dtype=torch.int64),
+            image_emb=torch.zeros(2, D),
+            text_emb=torch.zeros(2, D),
+            text_seq=torch.zeros(2, L, 10),
+        )
+        noise = Noise.at(0, batch.position, "cuda")
+        assert prior.losses(batch, noise)["mse"].device.type == "cuda"
+        assert prior.sample(prior.cond(batch), DDIM, noise).device.type == "cuda"
+
+
+def test_it_learns_which_picture_belongs_to_a_caption():
+    prior = make(PriorText.tokens).train()
+    data = make_batch(8)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=3e-3)
+    for step in range(80):
+        batch = replace(data, position=list(range(8 * step, 8 * step + 8)))
+        optimizer.zero_grad()
+        prior.losses(batch, Noise.at(0, batch.position))["mse"].backward()
+        optimizer.step()
+    drawn = prior.eval().sample(prior.cond(data), DDIM, Noise(range(8)))
+    true = F.normalize(data.image_emb, dim=1)
+    assert ((drawn @ true.T).argmax(1) == torch.arange(8)).all()
+    assert (drawn * true).sum(1).mean() > 0.9
+
+
+def test_refused_settings():
+    with pytest.raises(ValueError, match="whitening sets the scale"):
+        DiffusionPriorConfig(embedding_space=EmbeddingSpace.whitened, embedding_scale=3.0)
+    with pytest.raises(ValueError, match="no learned variance"):
+        DiffusionPriorConfig(diffusion=DiffusionConfig(learned_variance=True, clip_range=1.0))
+    with pytest.raises(ValueError, match="num_candidates is 0"):
+        PriorSampling(num_candidates=0)
+    with pytest.raises(ValueError, match="image_emb and text_emb"):
+        make().losses(replace(make_batch(), image_emb=None), Noise([1, 2, 3, 4]))

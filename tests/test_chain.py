@@ -1,0 +1,99 @@
+"""The chain end to end through the public commands, on 64 pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests_support import TINY, run_command
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All stages trained for a few steps on 64 generated pictures."""
+    root = tmp_path_factory.mktemp("chain")
+    run_command("unclip", "data", "shapes", "--out", "data", "--num", "64", "--size", "32", cwd=root)
+    data = "data.path=data"
+    run_command("train-clip", "run=runs/clip", data, *TINY["clip"], cwd=root)
+    run_command("unclip-embed", "run=runs/embeddings", "clip=runs/clip", "data=data", cwd=root)
+    stored = "data.embeddings=runs/embeddings"
+    run_command("train-prior", "run=runs/prior", data, stored, *TINY["prior"], cwd=root)
+    run_command("train-decoder", "run=runs/decoder", data, stored, *TINY["decoder"], cwd=root)
+    run_command("train-upsampler", "run=runs/upsampler", data, *TINY["upsampler"], cwd=root)
+    return root
+
+
+def test_every_stage_leaves_an_artifact_a_sheet_and_metrics(chain: Path):
+    clip_hash = json.loads((chain / "runs/clip/artifact/manifest.json").read_text())["hash"]
+    for stage in ("clip", "prior", "decoder", "upsampler"):
+        run = chain / "runs" / stage
+        manifest = json.loads((run / "artifact" / "manifest.json").read_text())
+        assert manifest["kind"] == stage
+        assert manifest["step"] == 4
+        assert manifest["interface"]["clip"] == (clip_hash if stage in ("prior", "decoder") else "")
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert {row["step"] for row in rows if any(k.startswith("train/") for k in row)} == {2, 4}
+        assert list((run / "samples").glob("step-*.png"))
+        assert not list(run.glob("*.tmp"))
+
+
+def test_the_same_command_again_returns_at_once(chain: Path):
+    before = (chain / "runs/clip/artifact/manifest.json").stat().st_mtime_ns
+    run_command("train-clip", "run=runs/clip", "data.path=data", *TINY["clip"], cwd=chain)
+    assert (chain / "runs/clip/artifact/manifest.json").stat().st_mtime_ns == before
+
+
+def test_another_setting_in_the_same_run_is_refused(chain: Path):
+    said = run_command("train-clip", "run=runs/clip", "data.path=data", *TINY["clip"], "optim.lr=0.5", cwd=chain, code=1)
+    assert "was started with other settings" in said
+    assert "optim.lr: 0.001 -> 0.5" in said
+
+
+def test_generate_writes_pictures_with_their_history(chain: Path):
+    (chain / "captions.txt").write_text("a red cube\n\na blue sphere left of a green cone\n")
+    for out in ("one", "two"):
+        run_command(
+            "unclip", "generate", "--from", "runs", "--out", out, "--num", "2", "--prompts", "captions.txt", cwd=chain
+        )
+    pictures = sorted(p.name for p in (chain / "one").glob("0*.png"))
+    assert len(pictures) == 4
+    first = Image.open(chain / "one" / pictures[1])
+    history = json.loads(first.info["unclip"])
+    assert first.size == (32, 32)
+    assert (history["caption"], history["seed"]) == ("a red cube", 1)
+    assert set(history["artifacts"]) == {"clip", "prior", "decoder", "upsampler"}
+    assert (chain / "one" / "sheet.png").exists()
+    for name in pictures:
+        assert (chain / "one" / name).read_bytes() == (chain / "two" / name).read_bytes()
+
+
+def test_verdict_and_report(chain: Path):
+    run_command("unclip", "verdict", "--from", "runs", "--data", "data", "--out", "runs/verdict", cwd=chain)
+    run_command("unclip", "report", "runs", "--seconds", "1", "--cpu-seconds", "2", "--minutes", "15", cwd=chain)
+    summary = json.loads((chain / "runs/summary.json").read_text())
+    assert set(summary["oracle"]) == {"on", "off", "true_embedding", "text_embedding", "caption_only"}
+    assert all({"objects", "pairs", "relations"} <= set(row) for row in summary["oracle"].values())
+    assert (summary["seconds"], summary["cpu_seconds"], summary["minutes"]) == (1, 2, 15)
+    page = (chain / "runs/report.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http" not in page.split("</style>")[1].split("base64")[0]
+
+
+def test_stages_of_two_clips_are_refused(chain: Path):
+    other = ["run=other/clip", "data.path=data", *TINY["clip"], "seed=1"]
+    run_command("train-clip", *other, cwd=chain)
+    for stage in ("prior", "decoder", "upsampler"):
+        (chain / "other" / stage).symlink_to(chain / "runs" / stage)
+    said = run_command("unclip", "generate", "a red cube", "--from", "other", "--out", "x", cwd=chain, code=1)
+    assert "was trained on CLIP" in said
+    assert "other/prior" in said
+    assert "other/clip" in said
+    assert not (chain / "x").exists()
+
+
+def test_a_missing_stage_is_named(chain: Path, tmp_path: Path):
+    said = run_command("unclip", "generate", "a red cube", "--from", str(tmp_path), "--out", "x", cwd=chain, code=1)
+    assert "clip does not exist; give the run folder of a finished stage" in said

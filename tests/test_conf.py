@@ -1,0 +1,88 @@
+"""Every YAML that ships composes and is typed; a misspelt key is refused by name."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from unclip.cli.train import CONF, forced
+from unclip.config import identity, typed
+from unclip.data.embed import EmbedConfig
+from unclip.errors import ConfigError
+from unclip.train import ClipTrainConfig, DecoderTrainConfig, PriorTrainConfig, UpsamplerTrainConfig
+
+ROOTS = {
+    "train_clip": (ClipTrainConfig, ["run=r", "data.path=d"]),
+    "embed": (EmbedConfig, ["run=r", "clip=c", "data=d"]),
+    "train_prior": (PriorTrainConfig, ["run=r", "data.path=d", "data.embeddings=e"]),
+    "train_decoder": (DecoderTrainConfig, ["run=r", "data.path=d", "data.embeddings=e"]),
+    "train_upsampler": (UpsamplerTrainConfig, ["run=r", "data.path=d"]),
+}
+STAGE_OF = {"clip": "train_clip", "prior": "train_prior", "decoder": "train_decoder", "upsampler": "train_upsampler"}
+
+
+def composed(root: str, overrides: list[str]):
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        raw = compose(root, [forced(o) for o in overrides])
+    return typed(raw, ROOTS[root][0])
+
+
+def shipped() -> list[tuple[str, list[str]]]:
+    cases: list[tuple[str, list[str]]] = [(root, []) for root in ROOTS]
+    for path in sorted(CONF.glob("experiment/*.yaml")):
+        stage = next(s for s in STAGE_OF if f"_{s}" in path.stem)
+        cases.append((STAGE_OF[stage], [f"experiment={path.stem}"]))
+    cases += [("train_decoder", [f"logger={path.stem}"]) for path in sorted(CONF.glob("logger/*.yaml"))]
+    cases += [("train_decoder", [f"trainer={path.stem}"]) for path in sorted(CONF.glob("trainer/*.yaml"))]
+    return cases
+
+
+def test_every_yaml_is_among_the_cases():
+    covered = {f"{root}.yaml" for root in ROOTS} | {"hydra_quiet.yaml"}
+    covered |= {f"{o.replace('=', '/')}.yaml" for _, overrides in shipped() for o in overrides}
+    covered |= {f"model/{name}.yaml" for name in ("clip", "diffusion_prior", "decoder", "upsampler")}
+    assert {str(p.relative_to(CONF)) for p in Path(CONF).rglob("*.yaml")} == covered
+
+
+@pytest.mark.parametrize(("root", "overrides"), shipped())
+def test_config_is_valid(root: str, overrides: list[str]):
+    cls, needed = ROOTS[root]
+    assert isinstance(composed(root, needed + overrides), cls)
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++"])
+def test_misspelt_key_is_refused_by_name(prefix: str):
+    with pytest.raises(ConfigError, match=r"unknown option 'model\.net\.widht'; did you mean 'width'"):
+        composed("train_prior", [*ROOTS["train_prior"][1], f"{prefix}model.net.widht=1"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rnu=x", "unknown option 'rnu'; did you mean 'run'"),
+        ("optim.lr=fast", r"optim\.lr='fast' is not a valid float"),
+        ("trainer.precision=fp8", "is not one of: fp32, bf16"),
+        ("model.sampling.sampler.eta=0.5", "eta applies to ddim only"),
+        ("model.net=3", r"model\.net must be a group of settings"),
+        ("model.diffusion.learned_variance=yes please", "is not a valid bool"),
+        ("model=clip", r"model\.kind=clip does not fit this command; choose one of: diffusion_prior"),
+        ("trainer.batch_size=3 trainer.devices=2", "it must be a multiple of"),
+    ],
+)
+def test_wrong_values_are_refused(override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        overrides = override.split(" ") if "trainer" in override else [override]
+        composed("train_prior", ROOTS["train_prior"][1] + overrides)
+
+
+def test_missing_run_is_asked_for():
+    with pytest.raises(ConfigError, match="run is not set; give it on the command line: run="):
+        composed("train_prior", ["data.path=d"])
+
+
+def test_identity_leaves_out_what_may_change():
+    names = identity(composed("train_decoder", ROOTS["train_decoder"][1]))
+    assert "optim.lr" in names
+    assert "model.net.channels" in names
+    assert "trainer.batch_size" in names
+    assert not {"trainer.devices", "trainer.log_every", "logger.name", "data.num_workers"} & set(names)

@@ -1,0 +1,60 @@
+"""Imports point one way, and no file outgrows a reader."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import unclip
+
+ROOT = Path(unclip.__file__).parent
+# A module may import from its own layer and from those below it.
+LAYERS = [
+    {"diffusion", "nets", "errors"},
+    {"models", "config", "artifact"},
+    {"data", "evaluation"},
+    {"stages"},
+    {"callbacks", "optim", "run_lock", "pipeline"},
+    {"train"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+RANK |= {"optim": 1}  # used by the stages, uses the configuration only
+TYPES_ONLY = {("models", "data")}  # models name the batch they are given
+PURE = {"diffusion", "nets"}
+LIGHTNING = {"stages", "train", "callbacks"}
+FILES = sorted(p for p in ROOT.rglob("*.py") if "conf" not in p.relative_to(ROOT).parts)
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.append(node.module)
+    return found
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path: Path):
+    own = part(path)
+    if own == "__init__":
+        return
+    for module in imports(path):
+        pieces = module.split(".")
+        if pieces[0] == "unclip" and len(pieces) > 1 and (own, pieces[1]) not in TYPES_ONLY:
+            assert RANK[pieces[1]] <= RANK[own], f"{path.name} imports {module}, which lies above it"
+        if own in PURE:
+            assert pieces[0] != "unclip" or pieces[1] in PURE, f"{path.name} is pure tensor code but imports {module}"
+        if pieces[0] in ("pytorch_lightning", "lightning"):
+            assert own in LIGHTNING or path.name == "datamodule.py", f"{path.name} imports Lightning"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_stay_readable(path: Path):
+    assert len(path.read_text().splitlines()) <= 400, "split this file: nobody reads 400 lines"
