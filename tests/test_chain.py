@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
 from tests_support import TINY, run_command
 
 pytestmark = pytest.mark.timeout(300)
@@ -47,7 +46,9 @@ def test_the_same_command_again_returns_at_once(chain: Path):
 
 
 def test_another_setting_in_the_same_run_is_refused(chain: Path):
-    said = run_command("train-clip", "run=runs/clip", "data.path=data", *TINY["clip"], "optim.lr=0.5", cwd=chain, code=1)
+    said = run_command(
+        "train-clip", "run=runs/clip", "data.path=data", *TINY["clip"], "optim.lr=0.5", cwd=chain, code=1
+    )
     assert "was started with other settings" in said
     assert "optim.lr: 0.001 -> 0.5" in said
 

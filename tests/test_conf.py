@@ -70,8 +70,8 @@ def test_misspelt_key_is_refused_by_name(prefix: str):
     ],
 )
 def test_wrong_values_are_refused(override: str, message: str):
+    overrides = override.split(" ") if "trainer" in override else [override]
     with pytest.raises(ConfigError, match=message):
-        overrides = override.split(" ") if "trainer" in override else [override]
         composed("train_prior", ROOTS["train_prior"][1] + overrides)
 
 

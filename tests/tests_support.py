@@ -19,7 +19,13 @@ TINY = {
     ],
     "prior": [
         *_SHORT,
-        *("model.net.width=32", "model.net.depth=1", "model.net.num_heads=2", "model.net.text=tokens", "data.image_size=16"),
+        *(
+            "model.net.width=32",
+            "model.net.depth=1",
+            "model.net.num_heads=2",
+            "model.net.text=tokens",
+            "data.image_size=16",
+        ),
         *_STEPS,
     ],
     "decoder": [

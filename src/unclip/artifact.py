@@ -106,11 +106,17 @@ def read_manifest(folder: Path | str, *, kind: str | None = None) -> Manifest:
         raw = json.loads((path / MANIFEST).read_text())
         manifest = Manifest(**raw)
     except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{path / MANIFEST} is damaged ({error}); train the stage again or copy it again") from error
+        raise ArtifactError(
+            f"{path / MANIFEST} is damaged ({error}); train the stage again or copy it again"
+        ) from error
     if manifest.format > FORMAT:
-        raise ArtifactError(f"{path} has format {manifest.format}; this unclip {__version__} reads up to {FORMAT}: upgrade it")
+        raise ArtifactError(
+            f"{path} has format {manifest.format}; this unclip {__version__} reads up to {FORMAT}: upgrade it"
+        )
     if kind is not None and manifest.kind != kind:
-        raise ArtifactError(f"{path} is a {manifest.kind} artifact where a {kind} is needed; pass the {kind} run's folder")
+        raise ArtifactError(
+            f"{path} is a {manifest.kind} artifact where a {kind} is needed; pass the {kind} run's folder"
+        )
     if content_hash(manifest) != manifest.hash:
         raise ArtifactError(f"{path / MANIFEST} was altered after it was written; copy the artifact again")
     if not (path / WEIGHTS).is_file():
@@ -131,7 +137,14 @@ def locate(folder: Path | str) -> Path:
 
 def content_hash(manifest: Manifest) -> str:
     """sha256 over the weights and everything that gives them meaning; statistics and metrics stay outside."""
-    meaning = [manifest.kind, manifest.model, manifest.config, manifest.interface, manifest.parents, manifest.weights_sha256]
+    meaning = [
+        manifest.kind,
+        manifest.model,
+        manifest.config,
+        manifest.interface,
+        manifest.parents,
+        manifest.weights_sha256,
+    ]
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 

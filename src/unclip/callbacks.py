@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from unclip.data.datamodule import UnclipData
 from unclip.evaluation.sheet import draw_table, save_picture
 from unclip.stages.base import Stage
 
@@ -74,7 +75,9 @@ class Metrics(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock, self._count = time.monotonic(), 0
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
         self._count += 1
         if trainer.global_step % pl_module.trainer_cfg.log_every:
             return
@@ -96,20 +99,21 @@ class SampleSheet(pl.Callback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
         if trainer.global_step % pl_module.trainer_cfg.sample_every == 0:
             self.draw(trainer, pl_module)
 
     @rank_zero_only
-    def draw(self, trainer: pl.Trainer, stage: Stage) -> Path | None:
-        loader = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-        batch = next(iter(loader)).first(stage.trainer_cfg.num_samples).to(stage.device)
+    def draw(self, trainer: pl.Trainer, stage: Stage) -> Path:
+        data: UnclipData = trainer.datamodule  # type: ignore[attr-defined]
+        batch = data.sheet_batch(stage.trainer_cfg.num_samples).to(stage.device)
+        optimizer: Any = trainer.optimizers[0]
         stage.eval()
-        with torch.no_grad(), stage.adamw.ema_weights(), trainer.precision_plugin.forward_context():
+        with torch.no_grad(), optimizer.ema_weights(), trainer.precision_plugin.forward_context():
             rows = stage.sheet(batch)
         stage.train()
-        if not rows:
-            return None
         table = [(row.caption, [p.permute(1, 2, 0).numpy() for p in row.pictures]) for row in rows]
         picture = draw_table(table, stage.columns)
         path = self.folder / f"step-{trainer.global_step:08d}.png"
@@ -128,7 +132,9 @@ class Checkpoint(pl.Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
         if trainer.global_step % pl_module.trainer_cfg.checkpoint_every == 0:
             self.save(trainer)
 
@@ -159,7 +165,9 @@ class StopOnLimitOrSignal(pl.Callback):
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
         agree = trainer.strategy.reduce_boolean_decision
         if agree(self.received is not None, all=False):
             self.checkpoint.save(trainer)
@@ -188,14 +196,18 @@ class ProgressBar(pl.Callback):
             self._bar.add_task(self.title, total=1.0, loss="")
             self._bar.start()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
         if self._bar is not None:
             text = f"step {trainer.global_step}"
             self._bar.update(self._bar.task_ids[0], completed=pl_module.progress, loss=text)
         elif trainer.is_global_zero and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + 30
             left = pl_module.seconds * (1 - pl_module.progress) / max(pl_module.progress, 1e-9)
-            log.info("%s: step %d, %.0f %%, %.0f s left", self.title, trainer.global_step, 100 * pl_module.progress, left)
+            log.info(
+                "%s: step %d, %.0f %%, %.0f s left", self.title, trainer.global_step, 100 * pl_module.progress, left
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._bar is not None:

@@ -118,7 +118,7 @@ def typed(raw: DictConfig, cls: type[T]) -> T:
     plain = OmegaConf.to_container(raw, resolve=True)
     assert isinstance(plain, dict)
     _refuse_missing(plain)
-    return _build(plain, cls, path="")
+    return _build({str(key): value for key, value in plain.items()}, cls, path="")
 
 
 def _refuse_missing(node: Any, path: str = "") -> None:

@@ -32,7 +32,8 @@ class AdamWEMA(torch.optim.AdamW):
             n = group["updates"] = group["updates"] + 1
             if self.ema_decay:
                 weights = [p for p in group["params"] if p.grad is not None]
-                torch._foreach_lerp_(self._averages(weights), weights, 1 - min(self.ema_decay, (1 + n) / (10 + n)))
+                decay = min(self.ema_decay, (1 + n) / (10 + n))
+                torch._foreach_lerp_(self._averages(weights), weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         return result
 
     def _averages(self, weights: list[Tensor]) -> list[Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from unclip import artifact
 from unclip.artifact import Manifest
+from unclip.config import Precision
+from unclip.diffusion.noise import Noise
 from unclip.errors import ArtifactError
 from unclip.models.sampling import DiffusionSampling, PriorSampling
-from unclip.diffusion.noise import Noise
 from unclip.nets.layers import Cond
 
 log = logging.getLogger(__name__)
@@ -44,16 +45,24 @@ class UnCLIP:
     Each picture has its own seed; the same seed gives the same picture in any batch.
     """
 
-    def __init__(self, stages: dict[str, tuple[Any, Manifest, Path]], device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        stages: dict[str, tuple[Any, Manifest, Path]],
+        device: torch.device | str = "cpu",
+        precision: Precision = Precision.fp32,
+    ) -> None:
         _refuse_mixed(stages)
         self.device = torch.device(device)
+        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision is Precision.bf16)
         self.manifests = {name: manifest for name, (_, manifest, _) in stages.items()}
         self.models = {name: model.to(self.device) for name, (model, _, _) in stages.items()}
         self.upsamplers = sorted(name for name in stages if name.startswith("upsampler"))
         self.upsamplers.sort(key=lambda name: self.models[name].cfg.image_size)
 
     @classmethod
-    def load(cls, runs: Path | str, device: torch.device | str | None = None) -> "UnCLIP":
+    def load(
+        cls, runs: Path | str, device: torch.device | str | None = None, precision: Precision = Precision.fp32
+    ) -> "UnCLIP":
         """All stages below ``runs``: the sub-folders clip, prior, decoder and upsampler*, each a run or an artifact.
 
         Raises :class:`ArtifactError` for a missing stage, a damaged one, or stages of different CLIPs.
@@ -66,7 +75,7 @@ class UnCLIP:
             stages[name] = (*artifact.load(folder, kind=name.split("_")[0].rstrip("0123456789")), folder)
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(stages, device)
+        return cls(stages, device, precision)
 
     @property
     def size(self) -> int:
@@ -80,29 +89,33 @@ class UnCLIP:
         clip = self.models["clip"]
         tokens = clip.tokenize(list(captions)).to(self.device)
         tokens = tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
-        text_emb, text_seq = clip.encode_text(tokens)
+        with self._autocast:
+            text_emb, text_seq = clip.encode_text(tokens)
         return Cond(text_emb=text_emb.float(), text_seq=text_seq.float(), tokens=tokens)
 
     @torch.no_grad()
     def embed_image(self, pictures: Tensor) -> Tensor:
         """Raw z_i (B, D) of uint8 pictures (B, 3, H, W)."""
-        return self.models["clip"].encode_image(pictures.to(self.device)).float()
+        with self._autocast:
+            return self.models["clip"].encode_image(pictures.to(self.device)).float()
 
     def sample_prior(self, text: Cond, seeds: Sequence[int], how: PriorSampling | None = None) -> Tensor:
         """z_i (B, D) for embedded captions."""
         prior = self.models["prior"]
         noise = Noise(seeds, self.device).branch("prior")
-        return prior.sample(text, how or prior.default_sampling(), noise).float()
+        with self._autocast:
+            return prior.sample(text, how or prior.default_sampling(), noise).float()
 
     def decode(self, cond: Cond, seeds: Sequence[int], how: Sampling | None = None) -> Tensor:
         """Decoder and upsamplers: uint8 (B, 3, S, S) on the CPU. A field of ``cond`` that is None is a dropped condition."""
         how = how or Sampling()
         decoder = self.models["decoder"]
         noise = Noise(seeds, self.device)
-        pictures = decoder.sample(cond, how.decoder or decoder.default_sampling(), noise.branch("decoder"))
-        for name in self.upsamplers:
-            upsampler = self.models[name]
-            pictures = upsampler.sample(pictures, how.upsampler or upsampler.default_sampling(), noise.branch(name))
+        with self._autocast:
+            pictures = decoder.sample(cond, how.decoder or decoder.default_sampling(), noise.branch("decoder"))
+            for name in self.upsamplers:
+                upsampler = self.models[name]
+                pictures = upsampler.sample(pictures, how.upsampler or upsampler.default_sampling(), noise.branch(name))
         return ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
 
     def generate(

@@ -17,7 +17,7 @@ from unclip.callbacks import Checkpoint, JsonlLogger, Metrics, ProgressBar, Samp
 from unclip.config import LoggerConfig, LoggerName, OptimConfig, Precision, TrainerConfig, identity, to_plain
 from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.errors import ConfigError
-from unclip.models import CLIPConfig, DecoderConfig, Interface, ModelConfig, UpsamplerConfig, build, name_of
+from unclip.models import CLIPConfig, DecoderConfig, ModelConfig, UpsamplerConfig, build, name_of
 from unclip.models.interface import PriorConfig
 from unclip.run_lock import RunLock
 from unclip.stages.base import Stage
@@ -100,7 +100,7 @@ def train(cfg: TrainConfig) -> Path:
 
 def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, UnclipData]:
     model_cfg: ModelConfig = cfg.model  # type: ignore[attr-defined]
-    data = UnclipData(cfg.data, cfg.seed, cfg.trainer.batch_size, needs=NEEDS[kind])
+    data = UnclipData(cfg.data, cfg.seed, cfg.trainer.batch_size, needs=model_cfg.columns)
     model = build(model_cfg, data.interface)
     if kind == "clip":
         data.tokenize = model.tokenize
@@ -111,17 +111,15 @@ def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, Uncl
     return model, data
 
 
-NEEDS = {
-    "clip": ("image", "tokens"),
-    "prior": ("tokens", "image_emb", "text_emb", "text_seq"),
-    "decoder": ("image", "tokens", "image_emb", "text_emb", "text_seq"),
-    "upsampler": ("image",),
-}
-
-
 def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
     checkpoint = Checkpoint(run / "checkpoints" / "last.ckpt")
-    callbacks = [Metrics(), SampleSheet(run / "samples"), StopOnLimitOrSignal(checkpoint), checkpoint, ProgressBar(title)]
+    callbacks = [
+        Metrics(),
+        SampleSheet(run / "samples"),
+        StopOnLimitOrSignal(checkpoint),
+        checkpoint,
+        ProgressBar(title),
+    ]
     return pl.Trainer(
         default_root_dir=run,
         accelerator=cfg.trainer.accelerator,
@@ -163,7 +161,7 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
     step, seconds = trainer.global_step, stage.seconds
     optimizer: Any = trainer.optimizers[0]
     with optimizer.ema_weights():
-        (metrics,) = trainer.validate(stage, datamodule=data, verbose=False)
+        (metrics,) = trainer.validate(stage, datamodule=data, verbose=False, weights_only=True)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Checkpoint):
             callback.save(trainer)
@@ -191,7 +189,12 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
 def _stop_if_interrupted(trainer: pl.Trainer, run: Path) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, StopOnLimitOrSignal) and callback.received is not None:
-            log.info("stopped by signal %d at step %d; the same command resumes %s", callback.received, trainer.global_step, run)
+            log.info(
+                "stopped by signal %d at step %d; the same command resumes %s",
+                callback.received,
+                trainer.global_step,
+                run,
+            )
             raise SystemExit(128 + callback.received)
 
 
@@ -210,7 +213,11 @@ def _write_or_compare_settings(run: Path, cfg: TrainConfig) -> None:
     mine = {k: v for k, v in identity(cfg).items() if k not in ("run", "trainer.max_steps")}
     if path.exists():
         theirs = json.loads(path.read_text())
-        changed = [f"  {k}: {theirs.get(k)!r} -> {mine.get(k)!r}" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)]
+        changed = [
+            f"  {k}: {theirs.get(k)!r} -> {mine.get(k)!r}"
+            for k in sorted({*mine, *theirs})
+            if mine.get(k) != theirs.get(k)
+        ]
         if changed:
             raise ConfigError(
                 f"{run} was started with other settings:\n" + "\n".join(changed) + "\n"

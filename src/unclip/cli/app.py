@@ -123,6 +123,21 @@ def verdict(
 
 
 @app.command()
+def compare(
+    runs: Runs,
+    split: Annotated[Path, typer.Option("--data", help="One split of a data set, such as DATA/test.")],
+    out: Annotated[Path, typer.Option("--out", help="The PNG file to write.")],
+    num: Annotated[int, typer.Option(help="Samples, spread evenly over the split.")] = 32,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 32,
+) -> None:
+    """A sheet of real pictures beside what the chain draws from their captions and from their own z_i."""
+    from unclip.cli.pictures import compare_split
+
+    compare_split(runs, split, out, num=num, seed=seed, batch_size=batch_size)
+
+
+@app.command()
 def report(
     runs: Annotated[Path, typer.Argument(help="Folder of the runs; report.html and summary.json are written there.")],
     minutes: Annotated[float, typer.Option(help="The time budget, for the record.")] = 0.0,

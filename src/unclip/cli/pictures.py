@@ -6,13 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import typer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from rich.progress import Progress
 
 from unclip import __version__
-from unclip.evaluation.sheet import draw_gallery, save_picture
+from unclip.data.shards import Shards
+from unclip.data.transforms import load_image
+from unclip.evaluation.sheet import draw_gallery, draw_table, save_picture
 from unclip.models.sampling import DiffusionSampling, PriorSampling
 from unclip.pipeline import Picture, Sampling, UnCLIP
 
@@ -40,9 +43,7 @@ class Overrides:
             upsampler = _changed(pipeline.models[pipeline.upsamplers[0]].default_sampling(), self.upsampler_steps, None)
         return Sampling(
             prior=_changed(prior, self.prior_steps, self.prior_guidance),
-            decoder=_changed(
-                pipeline.models["decoder"].default_sampling(), self.decoder_steps, self.decoder_guidance
-            ),
+            decoder=_changed(pipeline.models["decoder"].default_sampling(), self.decoder_steps, self.decoder_guidance),
             upsampler=upsampler,
         )
 
@@ -78,6 +79,28 @@ def write_pictures(
             drawn.append((picture.caption, picture.image.permute(1, 2, 0).numpy()))
     save_picture(draw_gallery(drawn, per_row=max(num, 4)), out / "sheet.png")
     typer.echo(f"wrote {len(drawn)} pictures of {pipeline.size} pixels and sheet.png to {out}")
+
+
+def compare_split(runs: Path, split: Path, out: Path, *, num: int, seed: int, batch_size: int) -> None:
+    """One sheet: the real picture, one from its caption through the prior, one from its own z_i; caption path on."""
+    pipeline = UnCLIP.load(runs)
+    shards = Shards(split)
+    samples = [shards.read(i * len(shards) // num) for i in range(min(num, len(shards)))]
+    clip_size = pipeline.models["clip"].image_size
+    rows = []
+    for start in range(0, len(samples), batch_size):
+        part = samples[start : start + batch_size]
+        captions, seeds = [s.caption for s in part], [seed] * len(part)
+        text = pipeline.embed_text(captions)
+        true = pipeline.embed_image(torch.stack([load_image(s.image, clip_size) for s in part]))
+        from_prior = pipeline.decode(replace(text, image_emb=pipeline.sample_prior(text, seeds)), seeds)
+        from_true = pipeline.decode(replace(text, image_emb=true), seeds)
+        real = [load_image(s.image, pipeline.size) for s in part]
+        for caption, *pictures in zip(captions, real, from_prior, from_true, strict=True):
+            rows.append((caption, [p.permute(1, 2, 0).numpy() for p in pictures]))
+    columns = ["the real picture", "drawn from the caption", "drawn from the real z_i"]
+    save_picture(draw_table(rows, columns, blocks=2), out)
+    typer.echo(f"wrote {len(rows)} captions to {out}")
 
 
 def _save(image: Image.Image, picture: Picture, path: Path) -> None:

@@ -33,7 +33,10 @@ def write_report(runs: Path, record: dict[str, float]) -> None:
 
     parts = [f"<h1>{html.escape(str(runs))}</h1>", _record(record), _commands(timings), _stage_table(summary["stages"])]
     if verdict:
-        parts += [_verdict_table(verdict), _picture(runs / "verdict" / "verdict.png", "Fixed captions; one picture each")]
+        parts += [
+            _verdict_table(verdict),
+            _picture(runs / "verdict" / "verdict.png", "Fixed captions; one picture each"),
+        ]
     parts += [_picture(path, path.stem) for path in sorted(runs.glob("*.png"))]
     parts += [_picture(path, "Generated pictures") for path in sorted(runs.glob("pictures/sheet.png"))]
     for stage in stages:
@@ -84,7 +87,9 @@ def _verdict_table(verdict: dict[str, dict[str, float]]) -> str:
             for k in ("objects", "pairs", "relations")
         )
         rows.append(f"<tr><td>{html.escape(title)}</td>{cells}<td>{100 * row['product']:.1f} %</td></tr>")
-    head = "<tr><th>decoder sees</th><th>objects</th><th>pairs</th><th>relations</th><th>pairs &times; relations</th></tr>"
+    head = (
+        "<tr><th>decoder sees</th><th>objects</th><th>pairs</th><th>relations</th><th>pairs &times; relations</th></tr>"
+    )
     return (
         "<h2>The oracle's verdict</h2><p>64 captions of one object and 192 of two whose combination never occurs in training; "
         "one picture each, never chosen; unreadable counts as wrong; 95 % Wilson intervals.</p>"

@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.progress import Progress
 
+from unclip.config import Precision
 from unclip.data.shards import Shards
 from unclip.data.transforms import load_image
 from unclip.evaluation.probes import Verdict, judge, read_scenes
@@ -32,7 +33,7 @@ def judge_runs(runs: Path, data_path: Path, out: Path, *, seed: int, batch_size:
 
     The captions are those of the data set's split ``verdict``; their object pairs never occur in training.
     """
-    pipeline = UnCLIP.load(runs)
+    pipeline = UnCLIP.load(runs, precision=Precision.bf16)
     shards = Shards(data_path / "verdict")
     samples = [shards.read(i) for i in range(len(shards))]
     clip_size = pipeline.models["clip"].image_size
@@ -87,6 +88,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{'':26} {'objects':>18} {'pairs':>18} {'relations':>18} {'pairs x rel.':>12}"]
     for name, title in COLUMNS.items():
         row = result[name]
-        cells = [f"{100 * row[k]:5.1f} [{100 * row[k + '_low']:.0f}-{100 * row[k + '_high']:.0f}]" for k in ("objects", "pairs", "relations")]
+        cells = [
+            f"{100 * row[k]:5.1f} [{100 * row[k + '_low']:.0f}-{100 * row[k + '_high']:.0f}]"
+            for k in ("objects", "pairs", "relations")
+        ]
         lines.append(f"{title:26} {cells[0]:>18} {cells[1]:>18} {cells[2]:>18} {100 * row['product']:12.1f}")
     return "\n".join(lines)

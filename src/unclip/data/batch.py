@@ -43,6 +43,13 @@ class Batch:
         """The batch in page-locked memory, for asynchronous copies to a GPU."""
         return self._map(Tensor.pin_memory)
 
+    def column(self, name: str) -> Tensor:
+        """The column ``name``, which must be there; ValueError if the stage did not ask the data for it."""
+        value = self.__dict__[name]
+        if value is None:
+            raise ValueError(f"the batch has no column {name}: the stage's configuration does not ask for it")
+        return value
+
     def first(self, count: int) -> "Batch":
         """The batch's first ``count`` samples."""
         lists = {name: self.__dict__[name][:count] for name in ("key", "position", "caption")}

@@ -3,8 +3,8 @@
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class Split:
     ``text_seq`` is filled where the embeddings hold it. Tokens come from the embeddings, or from ``tokenize``.
     """
 
-    def __init__(self, cfg: DataConfig, split: str, needs: Sequence[str], tokenize: Tokenize | None) -> None:
+    def __init__(self, cfg: DataConfig, split: str, needs: Collection[str], tokenize: Tokenize | None) -> None:
         self.shards = Shards(Path(cfg.path) / split)
         self.embeddings = Embeddings(cfg.embeddings, split) if cfg.embeddings else None
         self.needs, self.tokenize = tuple(needs), tokenize
@@ -186,6 +186,13 @@ class UnclipData(pl.LightningDataModule):
         num_batches = -(-largest // max(1, self.batch_size // self.world_size))
         mine = np.array_split(np.array_split(samples, self.world_size)[self.rank], num_batches)
         return self._loader(Batches(partial(_val_batch, split, mine), 0, num_batches))
+
+    def sheet_batch(self, count: int) -> Batch:
+        """The first samples of the validation split (else of the training split), always with their pictures."""
+        name = self.cfg.val_split or self.cfg.train_split
+        split = Split(replace(self.cfg, cache=False), name, {*self.needs, "image"}, self.tokenize)
+        samples = np.arange(min(count, len(split.shards)))
+        return split.batch(samples, samples.tolist())
 
     def _loader(self, batches: "Batches") -> DataLoader:
         workers = self.cfg.num_workers

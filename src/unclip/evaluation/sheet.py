@@ -9,13 +9,29 @@ from PIL import Image, ImageDraw, ImageFont
 MARGIN, LINE = 6, 14
 
 
-def draw_table(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str], cell: int = 96) -> Image.Image:
-    """A table with a caption and uint8 pictures (H, W, 3) per row, scaled to ``cell`` pixels without smoothing."""
+def draw_table(
+    rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str], cell: int = 96, blocks: int = 1
+) -> Image.Image:
+    """A table with a caption and uint8 pictures (H, W, 3) per row, scaled to ``cell`` pixels without smoothing.
+
+    ``blocks`` > 1 folds a long table into that many columns side by side.
+    """
+    length = -(-len(rows) // blocks)
+    parts = [_block(rows[i * length : (i + 1) * length], columns, cell) for i in range(blocks)]
+    page = Image.new("RGB", (sum(part.width for part in parts), parts[0].height), "white")
+    for i, part in enumerate(parts):
+        page.paste(part, (i * parts[0].width, 0))
+    return page
+
+
+def _block(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str], cell: int) -> Image.Image:
     font = ImageFont.load_default(11)
     text_width = 230
-    width = text_width + len(columns) * (cell + MARGIN) + MARGIN
-    height = 2 * LINE + MARGIN + len(rows) * (cell + MARGIN)
-    page = Image.new("RGB", (width, height), "white")
+    page = Image.new(
+        "RGB",
+        (text_width + len(columns) * (cell + MARGIN) + MARGIN, 2 * LINE + MARGIN + len(rows) * (cell + MARGIN)),
+        "white",
+    )
     draw = ImageDraw.Draw(page)
     for j, title in enumerate(columns):
         for k, line in enumerate(_wrap(title, 17)[:2]):

@@ -62,6 +62,10 @@ class CLIPConfig(ModelConfig):
         elif self.vision_width % self.vision_heads or self.text_width % self.text_heads:
             raise ConfigError("model.vision_width and model.text_width must be multiples of their numbers of heads")
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("image", "tokens")
+
 
 class CLIP(nn.Module):
     """open_clip's model: uint8 pictures in, raw (not unit-norm) embeddings out, captions cut to their length."""

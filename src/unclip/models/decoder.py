@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
@@ -56,6 +56,17 @@ class DecoderConfig(ModelConfig):
         for name, rate in (("drop_image", self.drop_image), ("drop_text", self.drop_text)):
             if not 0 <= rate <= 1:
                 raise ValueError(f"{name} is {rate}; a probability lies in [0, 1]")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        conditioning = self.conditioning
+        return (
+            "image",
+            *(("image_emb",) if conditioning.image else ()),
+            *(("text_emb",) if conditioning.text_emb else ()),
+            *(("tokens",) if conditioning.text is not DecoderText.none else ()),
+            *(("text_seq",) if conditioning.text is DecoderText.clip_states else ()),
+        )
 
 
 class Decoder(nn.Module):

@@ -5,7 +5,7 @@ from enum import Enum
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
@@ -16,7 +16,7 @@ from unclip.models.decoder import cut_to, guided_context
 from unclip.models.interface import Interface, PriorConfig
 from unclip.models.sampling import PriorSampling
 from unclip.nets.layers import ClipWidths, Cond, Keep
-from unclip.nets.transformer import PriorNet, PriorNetConfig
+from unclip.nets.transformer import PriorNet, PriorNetConfig, PriorText
 
 PAPER_STD = 0.5375  # 17.2 / sqrt(1024): the paper's scale of z_i, as the standard deviation of one of its numbers
 
@@ -53,6 +53,11 @@ class DiffusionPriorConfig(PriorConfig):
             raise ValueError(f"drop_text is {self.drop_text}; a probability lies in [0, 1]")
         if self.num_draws < 1:
             raise ValueError(f"num_draws is {self.num_draws}; it must be at least 1")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        caption = {PriorText.none: (), PriorText.tokens: ("tokens",), PriorText.clip_states: ("tokens", "text_seq")}
+        return ("image_emb", "text_emb", *caption[self.net.text])
 
 
 class DiffusionPrior(nn.Module):

@@ -23,6 +23,11 @@ class Interface:
 class ModelConfig:
     """Base of all model configurations; the subclass chosen in ``model=...`` decides which model is built."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a batch that training reads."""
+        raise NotImplementedError
+
 
 @dataclass
 class PriorConfig(ModelConfig):

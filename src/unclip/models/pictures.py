@@ -1,7 +1,7 @@
 """Pictures on the device: value range, antialiased resizing, blur and crops."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 

@@ -55,6 +55,10 @@ class UpsamplerConfig(ModelConfig):
     def crop_size(self) -> int:
         return round(self.crop_fraction * self.image_size)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return ("image",)
+
 
 class Upsampler(nn.Module):
     """p(large picture | small picture), without caption, z_i or guidance."""

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any, Protocol, Self
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 KeyValue = tuple[Tensor, Tensor]

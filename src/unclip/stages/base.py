@@ -13,7 +13,6 @@ from torch import Tensor
 from unclip.config import OptimConfig, TrainerConfig
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
-
 from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer
 
 

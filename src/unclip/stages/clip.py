@@ -30,7 +30,7 @@ class ClipStage(Stage):
         image_emb = self.model.encode_image(batch.image).float()
         text_emb = self.model.encode_text(batch.tokens)[0].float()
         order = (text_emb @ torch.nn.functional.normalize(image_emb, dim=1).T).argsort(dim=1, descending=True)
-        pictures = batch.image.cpu()
+        pictures = batch.column("image").cpu()
         return [
             Row(caption, [pictures[i], *(pictures[j] for j in order[i, :4].tolist())])
             for i, caption in enumerate(batch.caption)

@@ -11,5 +11,5 @@ class DecoderStage(Stage):
         cond, how, noise = self.model.cond(batch), self.model.default_sampling(), self.noise(batch)
         ways = [cond, cond.without_text(), cond.without_image()]
         drawn = [to_uint8(self.model.sample(way, how, noise)) for way in ways]
-        pictures = batch.image.cpu()
+        pictures = batch.column("image").cpu()
         return [Row(c, [pictures[i], *(d[i] for d in drawn)]) for i, c in enumerate(batch.caption)]

@@ -1,7 +1,7 @@
 """The prior: caption and z_t to z_i; validation compares sampled z_i with the true ones."""
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.data.batch import Batch
@@ -20,7 +20,7 @@ class PriorStage(Stage):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
         sampled = self._sample(batch)
-        true, text = F.normalize(batch.image_emb, dim=1), F.normalize(batch.text_emb, dim=1)
+        true, text = (F.normalize(batch.column(name), dim=1) for name in ("image_emb", "text_emb"))
         size = len(batch)
         self.log("val/cosine_to_true", (sampled * true).sum(1).mean(), batch_size=size, sync_dist=True)
         self.log("val/cosine_to_text", (sampled * text).sum(1).mean(), batch_size=size, sync_dist=True)
@@ -34,13 +34,12 @@ class PriorStage(Stage):
         self.log_dict({f"val/{name}": value for name, value in found.items() if name.startswith("text_to_image")})
 
     def _sample(self, batch: Batch) -> Tensor:
-        return self.model.sample(self.model.cond(batch), self.model.default_sampling(), self.noise(batch)).float()
+        drawn = self.model.sample(self.model.cond(batch), self.model.default_sampling(), self.noise(batch))
+        return F.normalize(drawn.float(), dim=1)
 
     def sheet(self, batch: Batch) -> list[Row]:
-        if batch.image is None:
-            return []
-        order = (self._sample(batch) @ F.normalize(batch.image_emb, dim=1).T).argsort(dim=1, descending=True)
-        pictures = batch.image.cpu()
+        order = (self._sample(batch) @ F.normalize(batch.column("image_emb"), dim=1).T).argsort(dim=1, descending=True)
+        pictures = batch.column("image").cpu()
         return [
             Row(caption, [pictures[i], *(pictures[j] for j in order[i, :4].tolist())])
             for i, caption in enumerate(batch.caption)

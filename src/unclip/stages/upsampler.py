@@ -10,5 +10,5 @@ class UpsamplerStage(Stage):
     def sheet(self, batch: Batch) -> list[Row]:
         low = self.model.low_resolution(batch.image)
         high = to_uint8(self.model.sample(low, self.model.default_sampling(), self.noise(batch)))
-        pictures, low = batch.image.cpu(), to_uint8(low)
+        pictures, low = batch.column("image").cpu(), to_uint8(low)
         return [Row(c, [low[i], high[i], pictures[i]]) for i, c in enumerate(batch.caption)]

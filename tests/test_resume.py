@@ -1,0 +1,88 @@
+"""A training command that is killed with SIGKILL and started again ends with the very same weights."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tests_support import TINY, command, environment, run_command
+
+pytestmark = pytest.mark.timeout(300)
+STEPS = 30
+COMMANDS = {"clip": "train-clip", "prior": "train-prior", "decoder": "train-decoder", "upsampler": "train-upsampler"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("resume")
+    run_command("unclip", "data", "shapes", "--out", "data", "--num", "64", "--size", "32", cwd=root)
+    run_command("train-clip", "run=clip", "data.path=data", *TINY["clip"], cwd=root)
+    run_command("unclip-embed", "run=embeddings", "clip=clip", "data=data", cwd=root)
+    return root
+
+
+def arguments(stage: str, run: str) -> list[str]:
+    given = [COMMANDS[stage], f"run={run}", "data.path=data", *TINY[stage], f"trainer.max_steps={STEPS}"]
+    return given + (["data.embeddings=embeddings"] if stage in ("prior", "decoder") else [])
+
+
+def kill_in_training(given: list[str], cwd: Path, checkpoint: Path) -> int:
+    """Start a command, send SIGKILL as soon as a checkpoint beyond the second step stands, return that step."""
+    with subprocess.Popen(
+        [command(given[0]), *given[1:]], cwd=cwd, env=environment(), stderr=subprocess.PIPE
+    ) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if checkpoint.exists() and (step := torch.load(checkpoint, weights_only=True)["global_step"]) > 2:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return step
+            time.sleep(0.02)
+        process.kill()
+        said = process.stderr.read().decode() if process.stderr else ""
+    raise AssertionError(f"no checkpoint to interrupt at; the command said:\n{said}")
+
+
+@pytest.mark.parametrize("stage", COMMANDS)
+def test_killed_and_resumed_equals_uninterrupted(stage: str, data: Path):
+    run_command(*arguments(stage, f"whole/{stage}"), cwd=data)
+    cut = data / "cut" / stage
+    killed_at = kill_in_training(arguments(stage, f"cut/{stage}"), data, cut / "checkpoints" / "last.ckpt")
+    assert 2 < killed_at < STEPS
+    assert not (cut / "artifact").exists()
+    run_command(*arguments(stage, f"cut/{stage}"), cwd=data)
+
+    whole, resumed = ((data / way / stage / "artifact") for way in ("whole", "cut"))
+    assert (whole / "weights.safetensors").read_bytes() == (resumed / "weights.safetensors").read_bytes()
+    hashes = [json.loads((folder / "manifest.json").read_text())["hash"] for folder in (whole, resumed)]
+    assert hashes[0] == hashes[1]
+    steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines() if "train/" in line]
+    assert steps == list(range(2, STEPS + 1, 2)), "every logged step stands in metrics.jsonl once"
+
+
+def test_killed_and_resumed_embeddings_equal_uninterrupted_ones(data: Path):
+    run_command("unclip", "data", "shapes", "--out", "more", "--num", "3000", "--size", "32", cwd=data)
+    given = ["unclip-embed", "run=cut/embeddings", "clip=clip", "data=more", "batch_size=8"]
+    with subprocess.Popen(
+        [command(given[0]), *given[1:]], cwd=data, env=environment(), stderr=subprocess.PIPE
+    ) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            if list((data / "cut/embeddings").glob("*/*/keys.txt")):
+                process.send_signal(signal.SIGKILL)
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, "the command ended before it could be killed"
+    run_command(*given, cwd=data)
+    run_command("unclip-embed", "run=whole/embeddings", *given[2:], cwd=data)
+    names = sorted(
+        p.relative_to(data / "whole/embeddings") for p in (data / "whole/embeddings").rglob("*") if p.is_file()
+    )
+    assert names == sorted(
+        p.relative_to(data / "cut/embeddings") for p in (data / "cut/embeddings").rglob("*") if p.is_file()
+    )
+    for name in names:
+        assert (data / "whole/embeddings" / name).read_bytes() == (data / "cut/embeddings" / name).read_bytes(), name
