@@ -1,0 +1,102 @@
+"""The pipeline on freshly built models: one seed is one picture, in any batch."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from unclip.artifact import Manifest
+from unclip.config import from_plain
+from unclip.diffusion.samplers import Sampler, SamplerConfig
+from unclip.errors import ArtifactError
+from unclip.models import REGISTRY, build
+from unclip.models.clip import CLIP, CLIPConfig
+from unclip.pipeline import UnCLIP
+
+STEPS = {"sampler": {"name": "ddim", "num_steps": 3}}
+UNET = {"channels": [16, 32], "num_blocks": 1, "groups": 8, "head_dim": 16}
+DIFFUSION = {"predict": "v", "clip_range": 1.0}
+CONFIGS = {
+    "diffusion_prior": {
+        "net": {"width": 32, "depth": 1, "num_heads": 2, "text": "tokens"},
+        "sampling": {**STEPS, "num_candidates": 2},
+    },
+    "decoder": {
+        "image_size": 16,
+        "net": {**UNET, "attention_levels": [1]},
+        "conditioning": {
+            "text": "transformer",
+            "context_dim": 32,
+            "transformer": {"width": 32, "depth": 1, "num_heads": 2},
+        },
+        "diffusion": DIFFUSION,
+        "sampling": {**STEPS, "guidance": {"scale": 2.0}},
+    },
+    "upsampler": {"low_size": 16, "image_size": 32, "net": UNET, "diffusion": DIFFUSION, "sampling": STEPS, "crop_fraction": 0.5},
+}
+
+
+def random_weights(model: torch.nn.Module) -> torch.nn.Module:
+    """Away from the zero initialisation, under which a net ignores its input."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim >= 2:
+                p.copy_(torch.randn(p.shape, generator=generator) * 2 / p[0].numel() ** 0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> UnCLIP:
+    clip = random_weights(CLIP(CLIPConfig(image_size=16, vision_width=32, vision_heads=2, text_width=32, text_heads=2)))
+    own = clip.interface()
+    stages = {"clip": (clip, Manifest("clip", "clip", {}, {}, hash="c"), Path("clip"))}
+    for name, raw in CONFIGS.items():
+        model = random_weights(build(from_plain(raw, REGISTRY[name][0]), own))
+        stage = "prior" if name == "diffusion_prior" else name
+        stages[stage] = (model, Manifest(stage, name, raw, {"clip": "c" if stage != "upsampler" else ""}, hash=name), Path(stage))
+    return UnCLIP(stages)
+
+
+def test_one_seed_is_one_picture_at_batch_1_and_7(pipeline: UnCLIP):
+    captions = ["a red cube", "a small blue sphere left of a large green cone"]
+    together = list(pipeline.generate(captions, num=7, seed=3, batch_size=7))
+    alone = list(pipeline.generate(captions, num=7, seed=3, batch_size=1))
+    assert [(p.caption, p.seed) for p in together] == [(c, 3 + j) for c in captions for j in range(7)]
+    for one, other in zip(alone, together, strict=True):
+        assert one.image.shape == (3, 32, 32)
+        assert (one.image.float() - other.image.float()).abs().mean() <= 1.0
+    spread = (together[0].image.float() - together[1].image.float()).abs().mean()
+    assert spread > 10, "another seed is another picture"
+
+
+def test_the_caption_and_each_condition_matter(pipeline: UnCLIP):
+    one, other = pipeline.generate(["a red cube", "a blue sphere"], num=1, seed=0)
+    assert (one.image.float() - other.image.float()).abs().mean() > 0.5
+    text = pipeline.embed_text(["a red cube"])
+    z_i = pipeline.sample_prior(text, [0])
+    text.image_emb = z_i
+    both = pipeline.decode(text, [0]).float()
+    for less in (text.without_text(), text.without_image()):
+        assert (pipeline.decode(less, [0]).float() - both).abs().mean() > 0.1
+
+
+def test_sampling_settings_are_obeyed(pipeline: UnCLIP):
+    decoder = pipeline.models["decoder"]
+    calls = []
+    handle = decoder.net.register_forward_hook(lambda *_: calls.append(1))
+    how = decoder.default_sampling()
+    how.sampler = SamplerConfig(Sampler.ddim, num_steps=3)
+    pipeline.decode(pipeline.embed_text(["a red cube"]), [0])
+    handle.remove()
+    assert len(calls) == 3, "guidance is one batched forward a step"
+
+
+def test_stages_of_two_clips_are_refused(pipeline: UnCLIP):
+    stages = {name: (model, pipeline.manifests[name], Path(f"runs/{name}")) for name, model in pipeline.models.items()}
+    model, manifest, _ = stages["prior"]
+    stages["prior"] = (model, Manifest(**{**manifest.__dict__, "interface": {"clip": "other"}}), Path("runs/b/prior"))
+    with pytest.raises(ArtifactError, match=r"runs/b/prior was trained on CLIP other but runs/clip is CLIP c"):
+        UnCLIP(stages)
+
+
