@@ -32,7 +32,14 @@ CONFIGS = {
         "diffusion": DIFFUSION,
         "sampling": {**STEPS, "guidance": {"scale": 2.0}},
     },
-    "upsampler": {"low_size": 16, "image_size": 32, "net": UNET, "diffusion": DIFFUSION, "sampling": STEPS, "crop_fraction": 0.5},
+    "upsampler": {
+        "low_size": 16,
+        "image_size": 32,
+        "net": UNET,
+        "diffusion": DIFFUSION,
+        "sampling": STEPS,
+        "crop_fraction": 0.5,
+    },
 }
 
 
@@ -54,7 +61,11 @@ def pipeline() -> UnCLIP:
     for name, raw in CONFIGS.items():
         model = random_weights(build(from_plain(raw, REGISTRY[name][0]), own))
         stage = "prior" if name == "diffusion_prior" else name
-        stages[stage] = (model, Manifest(stage, name, raw, {"clip": "c" if stage != "upsampler" else ""}, hash=name), Path(stage))
+        stages[stage] = (
+            model,
+            Manifest(stage, name, raw, {"clip": "c" if stage != "upsampler" else ""}, hash=name),
+            Path(stage),
+        )
     return UnCLIP(stages)
 
 
@@ -98,5 +109,3 @@ def test_stages_of_two_clips_are_refused(pipeline: UnCLIP):
     stages["prior"] = (model, Manifest(**{**manifest.__dict__, "interface": {"clip": "other"}}), Path("runs/b/prior"))
     with pytest.raises(ArtifactError, match=r"runs/b/prior was trained on CLIP other but runs/clip is CLIP c"):
         UnCLIP(stages)
-
-
