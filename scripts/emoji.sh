@@ -12,7 +12,8 @@ share() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%.3f", m * s }'; }
 run unclip data emoji --out "$runs/data" --sizes 64
 data=$runs/data/64
 run train-clip run="$runs/clip" data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.13)"
-run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$data"
+run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$data" precision=bf16 \
+  "columns=[image_emb,text_emb,tokens,text_seq]"
 run train-prior run="$runs/prior" data.path="$data" data.embeddings="$runs/embeddings" experiment=emoji_prior \
   trainer.max_minutes="$(share 0.10)"
 run train-decoder run="$runs/decoder" data.path="$data" data.embeddings="$runs/embeddings" experiment=emoji_decoder \

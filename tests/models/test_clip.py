@@ -1,5 +1,5 @@
-import pickle
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
