@@ -11,13 +11,15 @@ run() {
     'BEGIN { printf "{\"seconds\": %.1f, \"command\": \"%s\"}\n", b - a, c }' >>"$runs/timings.jsonl"
 }
 
-cpu_seconds() { # user and system time of all finished children
-  times | awk 'NR == 2 { for (i = 1; i <= 2; i++) { split($i, t, /[ms]/); s += 60 * t[1] + t[2] } printf "%.0f", s }'
+cpu_seconds() { # user and system time of all finished commands; `times` must not run in a subshell, which has spent none
+  times >"$runs/times.txt"
+  cpu=$(awk 'NR == 2 { for (i = 1; i <= 2; i++) { split($i, t, /[ms]/); s += 60 * t[1] + t[2] } printf "%.0f", s }' "$runs/times.txt")
+  rm "$runs/times.txt"
 }
 
 finish() {
   local seconds=$((SECONDS - started)) cpu
-  cpu=$(cpu_seconds)
+  cpu_seconds
   unclip report "$runs" --minutes "$minutes" --seconds "$seconds" --cpu-seconds "$cpu"
   printf '\n%s s on the clock, %s s of CPU time. Open %s/report.html\n' "$seconds" "$cpu" "$runs"
 }

@@ -71,6 +71,22 @@ def test_generate_writes_pictures_with_their_history(chain: Path):
         assert (chain / "one" / name).read_bytes() == (chain / "two" / name).read_bytes()
 
 
+def test_more_steps_than_the_schedule_has_are_refused(chain: Path):
+    said = run_command(
+        *("unclip", "generate", "a red cube", "--from", "runs", "--out", "x", "--decoder-steps", "1001"),
+        cwd=chain,
+        code=1,
+    )
+    assert "the decoder was trained with 1000 timesteps; it cannot sample in 1001" in said
+
+
+def test_an_imported_artifact_is_not_trained_over(chain: Path):
+    (chain / "imported").mkdir()
+    (chain / "imported" / "artifact").symlink_to(chain / "runs/clip/artifact")
+    said = run_command("train-clip", "run=imported", "data.path=data", *TINY["clip"], cwd=chain, code=1)
+    assert "imported holds an artifact that was not trained there" in said
+
+
 def test_verdict_and_report(chain: Path):
     run_command("unclip", "verdict", "--from", "runs", "--data", "data", "--out", "runs/verdict", cwd=chain)
     run_command("unclip", "report", "runs", "--seconds", "1", "--cpu-seconds", "2", "--minutes", "15", cwd=chain)

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from unclip import __version__
 from unclip.config import from_plain
-from unclip.errors import ArtifactError
+from unclip.errors import ArtifactError, ConfigError
 from unclip.models.interface import Interface
 
 FORMAT = 1
@@ -53,19 +54,15 @@ class Manifest:
 
 def save(run: Path, model: nn.Module, manifest: Manifest) -> Path:
     """Write ``model`` as ``run/artifact-STEP/`` and point ``run/artifact`` at it; both appear complete or not at all."""
-    final = run / f"artifact-{manifest.step:08d}"
+    final = _unused(run / f"artifact-{manifest.step:08d}")
     draft = final.with_name(final.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, draft / WEIGHTS)
-    manifest.weights_sha256 = _sha256(draft / WEIGHTS)
-    manifest.hash = content_hash(manifest)
-    (draft / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-    (draft / "config.yaml").write_text(yaml.safe_dump(manifest.settings, sort_keys=False))
-    for path in [*draft.iterdir(), draft]:
-        _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
+    try:
+        _write(draft, model, manifest)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     os.replace(draft, final)
     link = run / "artifact.tmp"
     link.unlink(missing_ok=True)
@@ -74,6 +71,23 @@ def save(run: Path, model: nn.Module, manifest: Manifest) -> Path:
     _fsync(run)
     _drop_older(run, keep=final.name)
     return final
+
+
+def _unused(folder: Path) -> Path:
+    """``folder``, or the first of ``folder-2``, ``folder-3``, ... that is free: the one in use stays until the link moves."""
+    names = [folder, *(folder.with_name(f"{folder.name}-{n}") for n in range(2, 100))]
+    return next(name for name in names if not name.exists())
+
+
+def _write(draft: Path, model: nn.Module, manifest: Manifest) -> None:
+    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_file(weights, draft / WEIGHTS)
+    manifest.weights_sha256 = _sha256(draft / WEIGHTS)
+    manifest.hash = content_hash(manifest)
+    (draft / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    (draft / "config.yaml").write_text(yaml.safe_dump(manifest.settings, sort_keys=False))
+    for path in [*draft.iterdir(), draft]:
+        _fsync(path)
 
 
 def load(folder: Path | str, *, kind: str | None = None) -> tuple[nn.Module, Manifest]:
@@ -94,7 +108,7 @@ def load(folder: Path | str, *, kind: str | None = None) -> tuple[nn.Module, Man
     model = build(_config(manifest, path), Interface(**manifest.interface))
     try:
         model.load_state_dict(load_file(path / WEIGHTS), strict=True)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{path / WEIGHTS} does not fit the model in {MANIFEST}: {error}") from error
     return model.eval().requires_grad_(False), manifest
 
@@ -104,15 +118,12 @@ def read_manifest(folder: Path | str, *, kind: str | None = None) -> Manifest:
     path = locate(folder)
     try:
         raw = json.loads((path / MANIFEST).read_text())
+        _refuse_newer(raw, path)
         manifest = Manifest(**raw)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(
             f"{path / MANIFEST} is damaged ({error}); train the stage again or copy it again"
         ) from error
-    if manifest.format > FORMAT:
-        raise ArtifactError(
-            f"{path} has format {manifest.format}; this unclip {__version__} reads up to {FORMAT}: upgrade it"
-        )
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(
             f"{path} is a {manifest.kind} artifact where a {kind} is needed; pass the {kind} run's folder"
@@ -122,6 +133,14 @@ def read_manifest(folder: Path | str, *, kind: str | None = None) -> Manifest:
     if not (path / WEIGHTS).is_file():
         raise ArtifactError(f"{path / WEIGHTS} is missing; copy the whole artifact folder again")
     return manifest
+
+
+def _refuse_newer(raw: dict[str, Any], path: Path) -> None:
+    """Before anything else is read: a newer manifest may have fields that this version does not know."""
+    if raw["format"] > FORMAT:
+        raise ArtifactError(
+            f"{path} has format {raw['format']}; this unclip {__version__} reads up to {FORMAT}: upgrade it"
+        )
 
 
 def locate(folder: Path | str) -> Path:
@@ -153,7 +172,13 @@ def _config(manifest: Manifest, path: Path) -> Any:
 
     if manifest.model not in REGISTRY:
         raise ArtifactError(f"{path} holds a '{manifest.model}'; this unclip {__version__} knows {', '.join(REGISTRY)}")
-    return from_plain(manifest.config, REGISTRY[manifest.model][0])
+    try:
+        return from_plain(manifest.config, REGISTRY[manifest.model][0])
+    except ConfigError as error:
+        raise ArtifactError(
+            f"{path / MANIFEST} has settings that this unclip {__version__} does not take: {error}; "
+            f"load it with version {manifest.version}, or train the stage again"
+        ) from error
 
 
 def _drop_older(run: Path, keep: str) -> None:

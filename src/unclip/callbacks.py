@@ -140,7 +140,7 @@ class Checkpoint(pl.Callback):
 
     def save(self, trainer: pl.Trainer) -> None:
         draft = self.path.with_suffix(".tmp")
-        trainer.save_checkpoint(draft)
+        trainer.save_checkpoint(draft, weights_only=False)  # False: optimiser and position too
         if trainer.is_global_zero:
             with draft.open("rb") as file:
                 os.fsync(file.fileno())

@@ -30,8 +30,8 @@ class AdamWEMA(torch.optim.AdamW):
         result = super().step(closure)
         for group in self.param_groups:
             n = group["updates"] = group["updates"] + 1
-            if self.ema_decay:
-                weights = [p for p in group["params"] if p.grad is not None]
+            weights = [p for p in group["params"] if p.grad is not None]
+            if self.ema_decay and weights:
                 decay = min(self.ema_decay, (1 + n) / (10 + n))
                 torch._foreach_lerp_(self._averages(weights), weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         return result

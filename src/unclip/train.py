@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ from unclip.stages.prior import PriorStage
 from unclip.stages.upsampler import UpsamplerStage
 
 log = logging.getLogger(__name__)
+for _name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):  # they raise their own level when imported
+    logging.getLogger(_name).setLevel(logging.WARNING)
+warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
 
 
 @dataclass
@@ -160,8 +164,10 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
     run = Path(cfg.run)
     step, seconds = trainer.global_step, stage.seconds
     optimizer: Any = trainer.optimizers[0]
-    with optimizer.ema_weights():
-        (metrics,) = trainer.validate(stage, datamodule=data, verbose=False, weights_only=True)
+    if stage.validated_at != step:  # Lightning validates when it stops, but not always
+        with optimizer.ema_weights():
+            trainer.validate(stage, datamodule=data, verbose=False, weights_only=True)
+    metrics = stage.val_metrics
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, Checkpoint):
             callback.save(trainer)
@@ -176,14 +182,16 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
         parents={"clip": interface.clip} if interface.clip else {},
         step=step,
         samples=step * cfg.trainer.batch_size,
-        metrics={**{k: float(v) for k, v in metrics.items()}, "seconds": seconds},
+        metrics={**metrics, "seconds": seconds},
         data=data.fingerprint,
         settings=to_plain(cfg),
     )
-    with optimizer.ema_weights():
-        folder = artifact.save(run, stage.model, manifest)
+    if trainer.is_global_zero:
+        with optimizer.ema_weights():
+            artifact.save(run, stage.model, manifest)
+    trainer.strategy.barrier()
     log.info("%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
-    return folder
+    return artifact.locate(run)
 
 
 def _stop_if_interrupted(trainer: pl.Trainer, run: Path) -> None:
@@ -223,7 +231,9 @@ def _write_or_compare_settings(run: Path, cfg: TrainConfig) -> None:
                 f"{run} was started with other settings:\n" + "\n".join(changed) + "\n"
                 "Use the same settings to resume it, or another run=... to start anew."
             )
-    draft = path.with_suffix(".tmp")
+    elif (run / "artifact").exists():
+        raise ConfigError(f"{run} holds an artifact that was not trained there; choose another run=...")
+    draft = path.with_suffix(f".{os.getpid()}.tmp")  # one for each rank
     draft.write_text(json.dumps(mine, indent=2, sort_keys=True) + "\n")
     os.replace(draft, path)
     (run / "config.yaml").write_text(yaml.safe_dump(to_plain(cfg), sort_keys=False))

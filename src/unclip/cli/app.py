@@ -43,7 +43,7 @@ def shapes(
     from unclip.data.shapes import write_shapes
 
     low, dash, high = objects.partition("-")
-    if not low.isdigit() or (dash and not high.isdigit()):
+    if not low.isdecimal() or (dash and not high.isdecimal()):
         raise ConfigError(f"--objects {objects} is not a range such as 1-2")
     write_shapes(out, num=num, size=size, seed=seed, objects=(int(low), int(high or low)), signs=signs)
 
@@ -58,7 +58,7 @@ def emoji(
     """Real pictures: Noto, Twemoji and Fluent emoji with their names as captions, fetched with npm."""
     from unclip.data.emoji import write_emoji
 
-    if not all(part.isdigit() for part in sizes.split(",")):
+    if not all(part.isdecimal() for part in sizes.split(",")):
         raise ConfigError(f"--sizes {sizes} is not a list of sides such as 64,256")
     write_emoji(out, sizes=tuple(int(part) for part in sizes.split(",")), seed=seed, tones=tones)
 
@@ -86,16 +86,20 @@ def generate(
     runs: Runs,
     out: Out,
     captions: Annotated[list[str] | None, typer.Argument(help="Captions, each in quotes.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="File with a caption a line.")] = None,
-    num: Annotated[int, typer.Option(help="Pictures a caption.")] = 4,
+    prompts: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="File with a caption a line.")
+    ] = None,
+    num: Annotated[int, typer.Option(min=1, help="Pictures a caption.")] = 4,
     seed: Seed = 0,
-    candidates: Annotated[int | None, typer.Option(help="z_i drawn by the prior, the best by z_t is kept.")] = None,
-    prior_steps: Annotated[int | None, typer.Option(help="Sampling steps of the prior.")] = None,
+    candidates: Annotated[
+        int | None, typer.Option(min=1, help="z_i drawn by the prior, the best by z_t is kept.")
+    ] = None,
+    prior_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps of the prior.")] = None,
     prior_guidance: Annotated[float | None, typer.Option(help="Guidance scale of the prior.")] = None,
-    decoder_steps: Annotated[int | None, typer.Option(help="Sampling steps of the decoder.")] = None,
+    decoder_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps of the decoder.")] = None,
     decoder_guidance: Annotated[float | None, typer.Option(help="Guidance scale of the decoder.")] = None,
-    upsampler_steps: Annotated[int | None, typer.Option(help="Sampling steps of each upsampler.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 16,
+    upsampler_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps of each upsampler.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 16,
 ) -> None:
     """Captions to pictures, with caption, seed and artifact hashes in each PNG, and a contact sheet."""
     from unclip.cli.pictures import Overrides, write_pictures
@@ -114,7 +118,7 @@ def verdict(
     data_path: Annotated[Path, typer.Option("--data", help="A data set made by `unclip data shapes`.")],
     out: Out,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 64,
 ) -> None:
     """Draw one picture for each of 256 fixed captions and let the oracle read objects, pairs and relations back."""
     from unclip.cli.verdict import judge_runs
@@ -127,9 +131,9 @@ def compare(
     runs: Runs,
     split: Annotated[Path, typer.Option("--data", help="One split of a data set, such as DATA/test.")],
     out: Annotated[Path, typer.Option("--out", help="The PNG file to write.")],
-    num: Annotated[int, typer.Option(help="Samples, spread evenly over the split.")] = 32,
+    num: Annotated[int, typer.Option(min=1, help="Samples, spread evenly over the split.")] = 32,
     seed: Seed = 0,
-    batch_size: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 32,
 ) -> None:
     """A sheet of real pictures beside what the chain draws from their captions and from their own z_i."""
     from unclip.cli.pictures import compare_split

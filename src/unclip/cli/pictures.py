@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 import typer
@@ -15,11 +15,10 @@ from rich.progress import Progress
 from unclip import __version__
 from unclip.data.shards import Shards
 from unclip.data.transforms import load_image
+from unclip.errors import ConfigError
 from unclip.evaluation.sheet import draw_gallery, draw_table, save_picture
-from unclip.models.sampling import DiffusionSampling, PriorSampling
+from unclip.models.sampling import PriorSampling
 from unclip.pipeline import Picture, Sampling, UnCLIP
-
-S = TypeVar("S", bound=DiffusionSampling)
 
 
 @dataclass
@@ -35,20 +34,23 @@ class Overrides:
 
     def apply(self, pipeline: UnCLIP) -> Sampling:
         """The artifacts' own settings with these in their place."""
-        prior: PriorSampling = pipeline.models["prior"].default_sampling()
+        prior: PriorSampling = _changed(pipeline, "prior", self.prior_steps, self.prior_guidance)
         if self.candidates is not None:
             prior = replace(prior, num_candidates=self.candidates)
         upsampler = None
         if self.upsampler_steps is not None and pipeline.upsamplers:
-            upsampler = _changed(pipeline.models[pipeline.upsamplers[0]].default_sampling(), self.upsampler_steps, None)
-        return Sampling(
-            prior=_changed(prior, self.prior_steps, self.prior_guidance),
-            decoder=_changed(pipeline.models["decoder"].default_sampling(), self.decoder_steps, self.decoder_guidance),
-            upsampler=upsampler,
-        )
+            upsampler = _changed(pipeline, pipeline.upsamplers[0], self.upsampler_steps, None)
+        decoder = _changed(pipeline, "decoder", self.decoder_steps, self.decoder_guidance)
+        return Sampling(prior=prior, decoder=decoder, upsampler=upsampler)
 
 
-def _changed(how: S, steps: int | None, scale: float | None) -> S:
+def _changed(pipeline: UnCLIP, stage: str, steps: int | None, scale: float | None) -> Any:
+    """The stage's own sampling settings with these in their place."""
+    model = pipeline.models[stage]
+    how = model.default_sampling()
+    longest = model.cfg.diffusion.num_timesteps
+    if steps is not None and steps > longest:
+        raise ConfigError(f"the {stage} was trained with {longest} timesteps; it cannot sample in {steps}: take fewer")
     if steps is not None:
         how = replace(how, sampler=replace(how.sampler, num_steps=steps))
     if scale is not None:
@@ -108,10 +110,7 @@ def _save(image: Image.Image, picture: Picture, path: Path) -> None:
     history = {"caption": picture.caption, "seed": picture.seed, "artifacts": picture.artifacts, "version": __version__}
     info.add_itxt("unclip", json.dumps(history))
     info.add_itxt("Description", picture.caption)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    image.save(draft, format="PNG", pnginfo=info)
-    draft.replace(path)
+    save_picture(image, path, info)
 
 
 def _slug(caption: str) -> str:

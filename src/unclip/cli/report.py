@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import typer
 
 from unclip.artifact import read_manifest
 from unclip.cli.verdict import COLUMNS
+from unclip.errors import ConfigError
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.3em .7em;text-align:right}
@@ -19,7 +21,12 @@ CURVES = ("train/contrastive", "train/mse", "train/vlb", "val/contrastive", "val
 
 
 def write_report(runs: Path, record: dict[str, float]) -> None:
-    """Write ``runs/report.html`` and ``runs/summary.json``; stages and verdicts that are missing are left out."""
+    """Write ``runs/report.html`` and ``runs/summary.json``; stages and verdicts that are missing are left out.
+
+    Raises :class:`ConfigError` when there is no such folder.
+    """
+    if not runs.is_dir():
+        raise ConfigError(f"{runs} is not a folder; give the one that holds the runs clip, prior, decoder ...")
     stages = sorted(path.parent for path in runs.glob("*/metrics.jsonl") if (path.parent / "artifact").exists())
     verdict = _json(runs / "verdict" / "verdict.json")
     extra = _json(runs / "measures.json") or {}
@@ -27,7 +34,7 @@ def write_report(runs: Path, record: dict[str, float]) -> None:
     if verdict:
         summary["oracle"] = verdict
     summary["stages"] = {stage.name: _stage_summary(stage) for stage in stages}
-    timings = [json.loads(line) for line in _lines(runs / "timings.jsonl")]
+    timings = _rows(runs / "timings.jsonl")
     summary["commands"] = timings
     (runs / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
@@ -50,7 +57,12 @@ def write_report(runs: Path, record: dict[str, float]) -> None:
 
 def _stage_summary(stage: Path) -> dict[str, Any]:
     manifest = read_manifest(stage)
-    return {"step": manifest.step, "samples": manifest.samples, "hash": manifest.hash[:12], **manifest.metrics}
+    return {"step": manifest.step, "samples": manifest.samples, "hash": manifest.hash[:12], **_finite(manifest.metrics)}
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """JSON knows no NaN or infinity: null in their place."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def _record(record: dict[str, float]) -> str:
@@ -71,7 +83,11 @@ def _commands(timings: list[dict[str, Any]]) -> str:
 def _stage_table(stages: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, row in stages.items():
-        metrics = ", ".join(f"{k.removeprefix('val/')} {v:.4g}" for k, v in row.items() if k.startswith("val/"))
+        metrics = ", ".join(
+            f"{k.removeprefix('val/')} {v if v is None else format(v, '.4g')}"
+            for k, v in row.items()
+            if k.startswith("val/")
+        )
         cells = f"<td>{row['step']:,}</td><td>{row['samples']:,}</td><td>{row.get('seconds', 0):.0f}</td>"
         rows.append(f"<tr><td>{html.escape(name)}</td>{cells}<td>{html.escape(metrics)}</td></tr>")
     head = "<tr><th>stage</th><th>steps</th><th>samples</th><th>seconds</th><th>validation</th></tr>"
@@ -106,19 +122,17 @@ def _picture(path: Path, title: str) -> str:
 
 def _curves(stage: Path) -> list[str]:
     """A small SVG a metric, logarithmic in y."""
-    rows = [json.loads(line) for line in _lines(stage / "metrics.jsonl")]
+    rows = _rows(stage / "metrics.jsonl")
     drawn = []
     for name in CURVES:
-        points = [(row["step"], row[name]) for row in rows if name in row and row[name] > 0]
+        points = [(row["step"], row[name]) for row in rows if name in row and 0 < row[name] < math.inf]
         if len(points) > 1:
             drawn.append(_svg(name, points))
     return drawn
 
 
 def _svg(title: str, points: list[tuple[float, float]], width: int = 330, height: int = 150) -> str:
-    from math import log10
-
-    steps, values = [x for x, _ in points], [log10(y) for _, y in points]
+    steps, values = [x for x, _ in points], [math.log10(y) for _, y in points]
     span_x, low = max(steps) - min(steps) or 1, min(values)
     span_y = max(values) - low or 1
     line = " ".join(
@@ -136,5 +150,7 @@ def _json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; none where it is missing, and without a last line that a crash cut short."""
+    lines = path.read_text().split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]  # a whole line ends with a newline

@@ -32,8 +32,11 @@ def embed() -> None:
     def run(raw: DictConfig) -> Any:
         from unclip.config import typed
         from unclip.data.embed import EmbedConfig, embed
+        from unclip.run_lock import RunLock
 
-        return embed(typed(raw, EmbedConfig))
+        cfg = typed(raw, EmbedConfig)
+        with RunLock(Path(cfg.run)):
+            return embed(cfg)
 
     _main("embed", run)
 
@@ -81,8 +84,6 @@ def _main(root: str, run: Callable[[DictConfig], Any]) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=root)
     def command(raw: DictConfig) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-        for noisy in ("pytorch_lightning", "lightning", "lightning.pytorch"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
             run(raw)
         except UnclipError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 MARGIN, LINE = 6, 14
 
@@ -61,12 +62,15 @@ def draw_gallery(pictures: Sequence[tuple[str, np.ndarray]], per_row: int = 8, c
     return page
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG so that a reader never sees half of it."""
+def save_picture(picture: Image.Image, path: Path, info: PngInfo | None = None) -> None:
+    """Write a PNG, with the text chunks of ``info``, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
-    picture.save(draft, format="PNG")
-    draft.replace(path)
+    try:
+        picture.save(draft, format="PNG", pnginfo=info)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def _fit(picture: np.ndarray, cell: int) -> Image.Image:

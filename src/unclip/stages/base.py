@@ -42,6 +42,8 @@ class Stage(pl.LightningModule):
         self._clock = time.monotonic()
         self._sums: dict[str, Tensor] = {}
         self._swap = contextlib.ExitStack()
+        self.validated_at = -1  # the step of the last validation, and what it found
+        self.val_metrics: dict[str, float] = {}
         self._losses = torch.compile(model.losses) if trainer_cfg.compile else model.losses
 
     def configure_optimizers(self) -> AdamWEMA:
@@ -102,6 +104,9 @@ class Stage(pl.LightningModule):
 
     def on_validation_end(self) -> None:
         self._swap.close()
+        self.validated_at = self.global_step
+        found = self.trainer.callback_metrics
+        self.val_metrics = {name: float(value) for name, value in found.items() if name.startswith("val/")}
         self._clock = time.monotonic()
 
     def start_validation(self) -> None:
