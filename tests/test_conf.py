@@ -63,6 +63,7 @@ def test_misspelt_key_is_refused_by_name(prefix: str):
         ("optim.lr=fast", r"optim\.lr='fast' is not a valid float"),
         ("trainer.precision=fp8", "is not one of: fp32, bf16"),
         ("model.sampling.sampler.eta=0.5", "eta applies to ddim only"),
+        ("logger.offline=true", "offline applies to wandb only"),
         ("model.net=3", r"model\.net must be a group of settings"),
         ("model.diffusion.learned_variance=yes please", "is not a valid bool"),
         ("model=clip", r"model\.kind=clip does not fit this command; choose one of: diffusion_prior"),
@@ -86,3 +87,8 @@ def test_identity_leaves_out_what_may_change():
     assert "model.net.channels" in names
     assert "trainer.batch_size" in names
     assert not {"trainer.devices", "trainer.log_every", "logger.name", "data.num_workers"} & set(names)
+
+
+def test_a_misspelt_key_is_named_before_the_one_it_leaves_unset():
+    with pytest.raises(ConfigError, match=r"unknown option 'data\.pth'; did you mean 'path'"):
+        composed("train_prior", ["run=r", "data.pth=d"])

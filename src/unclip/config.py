@@ -108,6 +108,10 @@ class LoggerConfig:
     project: str = field(default="unclip", metadata=FREE)
     offline: bool = field(default=False, metadata=FREE)
 
+    def __post_init__(self) -> None:
+        if self.offline and self.name is not LoggerName.wandb:
+            raise ConfigError("logger.offline applies to wandb only: remove it, or set logger=wandb")
+
 
 def typed(raw: DictConfig, cls: type[T]) -> T:
     """Build dataclass ``cls`` from a composed configuration.
@@ -117,30 +121,20 @@ def typed(raw: DictConfig, cls: type[T]) -> T:
     """
     plain = OmegaConf.to_container(raw, resolve=True)
     assert isinstance(plain, dict)
-    _refuse_missing(plain)
     return _build({str(key): value for key, value in plain.items()}, cls, path="")
-
-
-def _refuse_missing(node: Any, path: str = "") -> None:
-    if isinstance(node, dict):
-        for key, value in node.items():
-            _refuse_missing(value, f"{path}.{key}".lstrip("."))
-    elif node == "???":
-        raise ConfigError(f"{path} is not set; give it on the command line: {path}=...")
 
 
 def _build(raw: dict[str, Any], cls: type[T], path: str) -> T:
     """Fill the fields of ``cls``; a field that holds a base class picks the subclass named by the key ``kind``."""
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
-    values = {}
-    for key, value in raw.items():
-        name = f"{path}.{key}".lstrip(".")
+    for key in raw:  # before any value: a misspelt key often leaves another one unset
         if key not in fields:
+            name = f"{path}.{key}".lstrip(".")
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(fields))}"
             raise ConfigError(f"unknown option '{name}'; {hint}")
-        values[key] = _value(value, hints[key], name)
+    values = {key: _value(value, hints[key], f"{path}.{key}".lstrip(".")) for key, value in raw.items()}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
@@ -149,6 +143,8 @@ def _build(raw: dict[str, Any], cls: type[T], path: str) -> T:
 
 def _value(value: Any, hint: Any, name: str) -> Any:
     """Convert one value to its declared type through OmegaConf's own conversion rules."""
+    if value == "???":
+        raise ConfigError(f"{name} is not set; give it on the command line: {name}=...")
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:

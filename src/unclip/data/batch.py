@@ -50,11 +50,6 @@ class Batch:
             raise ValueError(f"the batch has no column {name}: the stage's configuration does not ask for it")
         return value
 
-    def first(self, count: int) -> "Batch":
-        """The batch's first ``count`` samples."""
-        lists = {name: self.__dict__[name][:count] for name in ("key", "position", "caption")}
-        return replace(self._map(lambda tensor: tensor[:count]), **lists)
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         columns = {f.name: value for f in fields(self) if isinstance(value := self.__dict__[f.name], Tensor)}
         return replace(self, **{name: function(value) for name, value in columns.items()})
