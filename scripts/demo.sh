@@ -7,17 +7,28 @@ minutes=${1:-15}
 runs=${2:-runs/demo}
 source scripts/timed.sh
 
-share() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%.3f", m * s }'; }
+embedded=(data.path="$runs/data" data.embeddings="$runs/embeddings")
+
+train_upsampler() {
+  run train-upsampler run="$runs/upsampler" data.path="$runs/data" experiment=demo_upsampler trainer.max_minutes="$(share 0.28)"
+}
+train_prior() {
+  run train-prior run="$runs/prior" "${embedded[@]}" experiment=demo_prior trainer.max_minutes="$(share 0.45)"
+}
 
 run unclip data shapes --out "$runs/data" --num 20000 --size 64 --seed 0
-run train-clip run="$runs/clip" data.path="$runs/data" experiment=demo_clip trainer.max_minutes="$(share 0.12)"
+half_of_the_cores # networks this small leave the other half idle, so two stages train side by side
+background train_upsampler
+run train-clip run="$runs/clip" data.path="$runs/data" experiment=demo_clip trainer.max_minutes="$(share 0.29)"
+join
+all_cores
 run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$runs/data" precision=bf16 \
   "columns=[image_emb,text_emb,tokens,text_seq]"
-run train-prior run="$runs/prior" data.path="$runs/data" data.embeddings="$runs/embeddings" experiment=demo_prior \
-  trainer.max_minutes="$(share 0.07)"
-run train-decoder run="$runs/decoder" data.path="$runs/data" data.embeddings="$runs/embeddings" experiment=demo_decoder \
-  trainer.max_minutes="$(share 0.46)"
-run train-upsampler run="$runs/upsampler" data.path="$runs/data" experiment=demo_upsampler trainer.max_minutes="$(share 0.09)"
+half_of_the_cores
+background train_prior
+run train-decoder run="$runs/decoder" "${embedded[@]}" experiment=demo_decoder trainer.max_minutes="$(share 0.49)"
+join
+all_cores
 run unclip generate --from "$runs" --out "$runs/pictures" --num 4 --seed 0 "a red cube on top of a blue cube" \
   "a small green sphere left of a yellow cone" "a purple ring" "an orange cylinder under a cyan sphere"
 run unclip verdict --from "$runs" --data "$runs/data" --out "$runs/verdict"

@@ -7,17 +7,27 @@ minutes=${1:-60}
 runs=${2:-runs/emoji}
 source scripts/timed.sh
 
-share() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%.3f", m * s }'; }
+data=$runs/data/64
+embedded=(data.path="$data" data.embeddings="$runs/embeddings")
+train_upsampler() {
+  run train-upsampler run="$runs/upsampler" data.path="$data" experiment=emoji_upsampler trainer.max_minutes="$(share 0.19)"
+}
+train_prior() {
+  run train-prior run="$runs/prior" "${embedded[@]}" experiment=emoji_prior trainer.max_minutes="$(share 0.30)"
+}
 
 run unclip data emoji --out "$runs/data" --sizes 64
-data=$runs/data/64
-run train-clip run="$runs/clip" data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.13)"
+half_of_the_cores # networks this small leave the other half idle, so two stages train side by side
+background train_upsampler
+run train-clip run="$runs/clip" data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.20)"
+join
+all_cores
 run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$data" precision=bf16 \
   "columns=[image_emb,text_emb,tokens,text_seq]"
-run train-prior run="$runs/prior" data.path="$data" data.embeddings="$runs/embeddings" experiment=emoji_prior \
-  trainer.max_minutes="$(share 0.10)"
-run train-decoder run="$runs/decoder" data.path="$data" data.embeddings="$runs/embeddings" experiment=emoji_decoder \
-  trainer.max_minutes="$(share 0.62)"
-run train-upsampler run="$runs/upsampler" data.path="$data" experiment=emoji_upsampler trainer.max_minutes="$(share 0.07)"
+half_of_the_cores
+background train_prior
+run train-decoder run="$runs/decoder" "${embedded[@]}" experiment=emoji_decoder trainer.max_minutes="$(share 0.80)"
+join
+all_cores
 run unclip compare --from "$runs" --data "$data/test_styles" --out "$runs/test_styles.png" --num 40
 finish

@@ -1,7 +1,9 @@
-# Sourced by demo.sh and emoji.sh: print each command, time it, and end with a report.
+# Sourced by demo.sh and emoji.sh: print each command, time it, run some side by side, and end with a report.
 started=$SECONDS
 mkdir -p "$runs"
 : >"$runs/timings.jsonl"
+
+share() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%.3f", m * s }'; } # of the minutes in all
 
 run() {
   printf '\n$ %s\n' "$*"
@@ -9,6 +11,28 @@ run() {
   "$@"
   awk -v a="$before" -v b="$EPOCHREALTIME" -v c="${*//\"/\\\"}" \
     'BEGIN { printf "{\"seconds\": %.1f, \"command\": \"%s\"}\n", b - a, c }' >>"$runs/timings.jsonl"
+}
+
+half_of_the_cores() { export OMP_NUM_THREADS=$((($(nproc) + 1) / 2)); }
+all_cores() { unset OMP_NUM_THREADS; }
+
+side=""
+background() { # a function; its output goes to a log, which `join` prints
+  printf '\n(beside the next command: %s, output in %s)\n' "${1//_/ }" "$runs/$1.log"
+  side_log="$runs/$1.log"
+  set -m # a process group of its own, so that the trap reaches the commands in it
+  "$1" >"$side_log" 2>&1 &
+  set +m
+  side=$!
+  trap 'kill -- "-$side" 2>/dev/null || true' EXIT
+}
+
+join() { # wait for the function in the background
+  local status=0
+  wait "$side" || status=$?
+  trap - EXIT
+  cat "$side_log"
+  return "$status"
 }
 
 cpu_seconds() { # user and system time of all finished commands; `times` must not run in a subshell, which has spent none

@@ -49,6 +49,19 @@ def test_epochs_and_seeds_differ_and_the_stream_is_pinned() -> None:
     assert first == [15, 14, 7, 12, 13, 5, 11, 4, 6, 1, 9, 8, 10, 0, 2, 3]  # a run must resume on any NumPy
 
 
+def test_neighbours_stay_together_in_a_shuffled_order() -> None:
+    sizes, total = [8, 7, 4], 19
+    stream = Order(sizes, 3, neighbours=4).indices(0, 2 * total)
+    assert sorted(stream[:total].tolist()) == list(range(total))
+    assert stream[:total].tolist() != stream[total:].tolist()
+    runs = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14], [15, 16, 17, 18]]  # none crosses two shards
+    for epoch in (stream[:total], stream[total:]):
+        for run in runs:
+            at = epoch.tolist().index(run[0])
+            assert epoch[at : at + len(run)].tolist() == run
+        assert epoch.tolist() != sorted(epoch.tolist())
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ranks_share_each_step_whatever_their_number(world_size: int) -> None:
     order = Order(SIZES, 9)

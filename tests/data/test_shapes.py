@@ -13,8 +13,8 @@ from PIL import Image
 
 from unclip.data import shapes
 from unclip.data.shapes import is_held_out, render, verdict_scenes, write_shapes
-from unclip.data.shapes_caption import RELATIONS
-from unclip.data.shapes_scene import COLOURS, HELD_OUT, PALETTE, SOLIDS, WORDS, Scene, Solid, draw_scene
+from unclip.data.shapes_caption import INVERSE, RELATIONS
+from unclip.data.shapes_scene import COLOURS, HELD_OUT, PALETTE, SOLIDS, WORDS, Scene, Solid, draw_family, draw_scene
 from unclip.data.shapes_solids import SHAPES, extent, shade
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError
@@ -86,13 +86,46 @@ def test_the_verdict_captions_are_pinned():
 
 def test_the_first_training_captions_are_pinned():
     """The same seed must go on giving the same data: runs that resume and figures that are quoted rest on it."""
-    captions = [draw_scene(np.random.default_rng([0, 0, i]), (1, 2), 0.0, False).caption for i in range(4)]
-    assert captions == [
-        "there is a cyan cube right of a small yellow cube",
-        "a purple cube on top and a small cyan cylinder below",
-        "a yellow cylinder on top and a green cone below",
-        "a pink cone right of a green cone",
+    captions = [scene.caption for scene in draw_family(np.random.default_rng([0, 0, 0]), (1, 2), 0.0)]
+    assert captions[:4] == [
+        "a picture of a yellow cube to the right of a large cyan cube",
+        "a yellow cube to the left of a cyan cube",
+        "a big cyan cube on top and a yellow cube below",
+        "a cyan cube below a yellow cube",
     ]
+
+
+def families(count: int, objects: tuple[int, int] = (1, 2)) -> list[list[Scene]]:
+    return [draw_family(np.random.default_rng([7, i]), objects, 0.0) for i in range(count)]
+
+
+def test_a_family_of_pairs_differs_in_place_and_binding_only():
+    exchanged = 0
+    for family in families(60, (2, 2)):
+        layouts: Counter[tuple[object, ...]] = Counter()
+        for scene in family:
+            assert scene.relation is not None
+            a, b = (placed.solid for placed in scene.objects)
+            turned = scene.relation in ("right of", "under")
+            layouts[(INVERSE[scene.relation], b, a) if turned else (scene.relation, a, b)] += 1
+        assert len({tuple(sorted(p.solid.colour for p in scene.objects)) for scene in family}) == 1
+        twins = any(a == b for _, a, b in layouts)  # a red cube left of a red cube has no other order
+        assert twins or set(layouts.values()) == {1}
+        exchanged += len({tuple(sorted(p.solid.shape for p in scene.objects)) for scene in family}) == 1
+    assert exchanged > 25
+
+
+def test_a_family_of_single_solids_has_two_colours_and_four_shapes():
+    for family in families(20, (1, 1)):
+        solids = {scene.objects[0].solid for scene in family}
+        assert (len(solids), len({s.colour for s in solids}), len({s.shape for s in solids})) == (8, 2, 4)
+
+
+@pytest.mark.parametrize("objects", [(1, 2), (3, 8)])
+def test_families_hold_no_held_out_pair_and_every_solid(objects: tuple[int, int]):
+    drawn = [scene for family in families(150, objects) for scene in family]
+    assert not any(is_held_out(*pair) for scene in drawn for pair in pairs_within(scene))
+    assert {placed.solid for scene in drawn for placed in scene.objects} == set(SOLIDS)
 
 
 def test_captions_name_their_solids_and_vary():
@@ -203,7 +236,7 @@ def test_signs_are_drawn_and_told():
 
 
 def test_write_shapes_is_the_same_for_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(shapes, "_CHUNK", 20)  # so that 100 pictures are worth two processes
+    monkeypatch.setattr(shapes, "_CHUNK", 24)  # so that 100 pictures are worth two processes
     for name, workers in (("one", 1), ("two", 2)):
         write_shapes(tmp_path / name, num=100, size=32, seed=3, workers=workers)
     assert digests(tmp_path / "one") == digests(tmp_path / "two")

@@ -34,7 +34,8 @@ def test_loss_at_the_optimum_is_the_posterior_variance(predict, weighting, num_d
     schedule = diffusion.schedule
     snr = schedule.snr.double()
     scale = {Predict.x0: torch.ones_like(snr), Predict.eps: snr, Predict.v: 1 / schedule.sigma.double() ** 2}[predict]
-    weight = torch.ones_like(snr) if weighting is Weighting.simple else snr.clamp(max=5) / scale
+    lowest = {Weighting.simple: None, Weighting.min_snr: 0.0, Weighting.clamped_snr: 1.0}[weighting]
+    weight = torch.ones_like(snr) if lowest is None else snr.clamp(lowest, 5) / scale
     expected = (weight * scale / (STD**-2 + snr)).mean()
     mean, error = average(diffusion, exact_net(diffusion, STD), means, num_draws=num_draws)
     assert error < 0.05 * expected
@@ -48,14 +49,15 @@ def test_a_worse_network_has_a_larger_loss(exact_net, means):
     assert worse > best + 5 * error
 
 
-def test_min_snr_weights_the_x0_error_alike_for_every_parametrisation():
+@pytest.mark.parametrize(("weighting", "lowest"), [(Weighting.min_snr, 0.0), (Weighting.clamped_snr, 1.0)])
+def test_snr_weights_weigh_the_x0_error_alike_for_every_parametrisation(weighting, lowest):
     step = torch.arange(1000)
     weights = {
-        predict: GaussianDiffusion(DiffusionConfig(predict=predict, weighting=Weighting.min_snr)).weight(step)
+        predict: GaussianDiffusion(DiffusionConfig(predict=predict, weighting=weighting)).weight(step)
         for predict in Predict
     }
     schedule = GaussianDiffusion(DiffusionConfig()).schedule
-    assert_close(weights[Predict.x0], schedule.snr.clamp(max=5))
+    assert_close(weights[Predict.x0], schedule.snr.clamp(lowest, 5))
     assert_close(weights[Predict.eps] * schedule.snr, weights[Predict.x0])
     assert_close(weights[Predict.v] / schedule.sigma**2, weights[Predict.x0], atol=1e-6, rtol=1e-4)
 

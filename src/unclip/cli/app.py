@@ -63,6 +63,38 @@ def emoji(
     write_emoji(out, sizes=tuple(int(part) for part in sizes.split(",")), seed=seed, tones=tones)
 
 
+@data.command()
+def folder(
+    src: Annotated[Path, typer.Argument(help="Folder of NAME.jpg|png|webp and NAME.txt, or a .csv, .jsonl, .parquet.")],
+    out: Out,
+    min_size: Annotated[int, typer.Option(help="Shorter side in pixels that a picture must have.")] = 32,
+    val: Annotated[float, typer.Option(help="Share of the pictures for validation.")] = 0.05,
+    seed: Seed = 0,
+) -> None:
+    """Your own pictures: a folder with captions beside them, or a table with the columns path and caption."""
+    from unclip.data.folder import write_folder
+
+    for line in write_folder(src, out, min_size=min_size, val=val, seed=seed).lines():
+        typer.echo(line)
+    typer.echo(f"wrote {out}; {out / 'report.json'} names every refused picture")
+
+
+@data.command()
+def check(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="A data set, or one split of it.")],
+) -> None:
+    """Read every sample of any webdataset; write its index, or verify the one that is there."""
+    from unclip.data.folder import check_data
+
+    report = check_data(path)
+    for split, count in report.samples.items():
+        typer.echo(f"{split}: {count} good samples, index {report.index[split]}")
+    for name, reason in report.bad.items():
+        typer.echo(f"bad: {name}: {reason}")
+    if not report.good:
+        raise typer.Exit(1)
+
+
 @imports.command("clip")
 def import_clip(
     name: Annotated[str, typer.Argument(help="An open_clip model name, such as ViT-B-32.")],

@@ -34,13 +34,15 @@ class DataConfig:
 
     ``image_size``: pixels of the square that a stage trains on (null: pictures as they are). ``cache`` keeps decoded
     pictures in memory. ``num_workers`` 0 prepares batches in a thread, which is best on few cores. ``max_val`` samples
-    of validation, spread evenly over the split; ``val_split`` null switches validation off.
+    of validation, spread evenly over the split; ``val_split`` null switches validation off. ``neighbours`` samples that
+    stand side by side in a shard stay together in the shuffle: hard negatives for CLIP where the data is written so.
     """
 
     path: str = ""
     embeddings: str | None = None
     image_size: int | None = None
     train_split: str = "train"
+    neighbours: int = 1
     val_split: str | None = field(default="val", metadata=FREE)
     max_val: int = field(default=1024, metadata=FREE)
     num_workers: int = field(default=0, metadata=FREE)
@@ -53,6 +55,8 @@ class DataConfig:
             )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers={self.num_workers} must not be negative")
+        if self.neighbours < 1:
+            raise ConfigError(f"data.neighbours={self.neighbours} must be positive; 1 shuffles single samples")
 
 
 class Split:
@@ -167,7 +171,7 @@ class UnclipData(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         split = self.split(self.cfg.train_split)
-        order = Order(split.shards.shard_sizes, self.seed)
+        order = Order(split.shards.shard_sizes, self.seed, neighbours=self.cfg.neighbours)
         if self.batch_size % self.world_size:
             raise ConfigError(f"trainer.batch_size={self.batch_size} is not a multiple of {self.world_size} ranks")
         place = (self.batch_size, self.rank, self.world_size)

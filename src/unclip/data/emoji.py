@@ -34,7 +34,7 @@ from unclip.data.shards import ShardWriter, write_atomic
 from unclip.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
-_RECIPE = 1  # rises when the same arguments would give other pictures, captions or splits
+_RECIPE = 2  # rises when the same arguments would give other pictures, captions or splits
 _CHUNK = 32  # pictures that a worker gets at a time
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -167,7 +167,11 @@ def _write_sizes(
 
 
 def _choose(emoji: list[Emoji], drawn: list[Rendered], seed: int) -> list[tuple[str, Emoji]]:
-    """The emoji without duplicates inside a style, each with its split; split after split, shuffled in each."""
+    """The emoji without duplicates inside a style, each with its split; split after split, shuffled in each.
+
+    In the training split neighbours are easily confused: the styles of a concept, and the concepts of a subgroup (fruit,
+    flags …), stand side by side, so that a contrastive batch can hold them together.
+    """
     kept = []
     for style in STYLES:
         places = [i for i, item in enumerate(emoji) if item.style == style]
@@ -178,7 +182,13 @@ def _choose(emoji: list[Emoji], drawn: list[Rendered], seed: int) -> list[tuple[
     _log.info("left out %d pictures that look like another one of their style", len(emoji) - len(kept))
     splits = split_pairs((item.concept, item.style.name) for item in kept)
     chosen = [(splits[item.concept, item.style.name], item) for item in kept]
-    return sorted(chosen, key=lambda pair: (SPLITS.index(pair[0]), share(f"{seed} {pair[1].drawing.key}")))
+
+    def place(pair: tuple[str, Emoji]) -> tuple[float, ...]:
+        split, item = pair
+        names = (item.name.subgroup, item.concept, item.drawing.key) if split == "train" else (item.drawing.key,)
+        return (SPLITS.index(split), *(share(f"{seed} {name}") for name in names))
+
+    return sorted(chosen, key=place)
 
 
 def _write_size(

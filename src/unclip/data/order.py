@@ -12,16 +12,20 @@ class Order:
 
     Epoch e covers positions [e·N, (e+1)·N) and holds each sample once: the shards are shuffled and cut into blocks of
     ``block_shards``, and the samples within a block are shuffled. Reading stays within a few files at a time, and no
-    epoch's permutation is needed as a whole. The stream depends on ``shard_sizes``, ``seed`` and ``block_shards`` only.
+    epoch's permutation is needed as a whole. The stream depends on the arguments only. Runs of ``neighbours`` samples of
+    a shard stay together and in order: 1 shuffles single samples.
     """
 
-    def __init__(self, shard_sizes: list[int], seed: int, block_shards: int = 16) -> None:
+    def __init__(self, shard_sizes: list[int], seed: int, block_shards: int = 16, neighbours: int = 1) -> None:
         if not shard_sizes or min(shard_sizes) < 1:
             raise ValueError(f"every shard needs at least one sample, got sizes {shard_sizes[:10]}")
-        if block_shards < 1 or seed < 0:
-            raise ValueError(f"block_shards must be positive and seed not negative, got {block_shards} and {seed}")
+        if block_shards < 1 or neighbours < 1 or seed < 0:
+            raise ValueError(
+                f"block_shards and neighbours must be positive and seed not negative, got {block_shards}, {neighbours} "
+                f"and {seed}"
+            )
         self.seed = seed
-        self.block_shards = block_shards
+        self.block_shards, self.neighbours = block_shards, neighbours
         self._sizes = np.asarray(shard_sizes, dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self.num_samples = int(self._sizes.sum())
@@ -60,8 +64,12 @@ class Order:
         """The shuffled samples of one block of shards."""
         if (epoch, block) not in self._blocks:
             shards = self._epoch(epoch)[0][block * self.block_shards : (block + 1) * self.block_shards]
-            samples = np.concatenate([np.arange(self._sizes[s].item()) + self._starts[s] for s in shards])
-            self._blocks[epoch, block] = samples[self._permutation(len(samples), epoch, block + 1)]
+            sizes = self._sizes[shards]
+            samples = np.concatenate([np.arange(size) + self._starts[s] for size, s in zip(sizes, shards, strict=True)])
+            runs_before = np.cumsum(-(-sizes // self.neighbours)) - -(-sizes // self.neighbours)
+            run = np.concatenate([np.arange(n) // self.neighbours + r for n, r in zip(sizes, runs_before, strict=True)])
+            place = np.argsort(self._permutation(int(run[-1]) + 1, epoch, block + 1))  # of each run
+            self._blocks[epoch, block] = samples[np.argsort(place[run], kind="stable")]
             while len(self._blocks) > _CACHED_BLOCKS:
                 self._blocks.popitem(last=False)
         return self._blocks[epoch, block]

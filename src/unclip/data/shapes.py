@@ -1,7 +1,8 @@
 """`unclip data shapes`: captioned pictures of coloured solids, written as shards.
 
-DIR/train holds what is trained on, DIR/val fresh scenes of the same kind, DIR/test scenes whose pairs are never trained
-on, and DIR/verdict the fixed examination. The bytes depend on the arguments only, not on the number of workers.
+DIR/train holds what is trained on, in families of easily confused neighbours, DIR/val fresh scenes of the same kind,
+DIR/test scenes whose pairs are never trained on, and DIR/verdict the fixed examination. The bytes depend on the
+arguments only, not on the number of workers.
 """
 
 import io
@@ -23,13 +24,13 @@ from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unclip.data.shapes_render import render
-from unclip.data.shapes_scene import Scene, Solid, draw_scene, is_held_out, verdict_scenes
+from unclip.data.shapes_scene import FAMILY, Scene, Solid, draw_family, draw_scene, is_held_out, verdict_scenes
 from unclip.errors import ConfigError
 
-__all__ = ["Solid", "draw_scene", "is_held_out", "render", "verdict_scenes", "write_shapes"]
+__all__ = ["Solid", "draw_family", "draw_scene", "is_held_out", "render", "verdict_scenes", "write_shapes"]
 
 _log = logging.getLogger(__name__)
-_CHUNK = 250  # pictures per task of a worker
+_CHUNK = 32 * FAMILY  # pictures per task of a worker
 _SPLITS = {"train": 0, "val": 1, "test": 2, "verdict": 3}
 
 _Row = tuple[str, bytes, str, dict[str, Any]]  # key, PNG, caption, ground truth
@@ -46,11 +47,19 @@ class _Job:
     objects: tuple[int, int]
     signs: float
 
-    def scene(self, index: int) -> Scene:
+    def scenes(self, indices: range) -> Iterator[Scene]:
+        """The scenes of these numbers; for training, `indices` begins with a family."""
         if self.split == "verdict":
-            return verdict_scenes()[index]
-        rng = np.random.default_rng([self.seed, _SPLITS[self.split], index])
-        return draw_scene(rng, self.objects, self.signs, held_out=self.split == "test")
+            yield from verdict_scenes()[indices.start : indices.stop]
+        elif self.split == "train":
+            families = (draw_family(self._rng(i // FAMILY), self.objects, self.signs) for i in indices[::FAMILY])
+            yield from itertools.islice(itertools.chain.from_iterable(families), len(indices))
+        else:
+            for i in indices:
+                yield draw_scene(self._rng(i), self.objects, self.signs, held_out=self.split == "test")
+
+    def _rng(self, number: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, _SPLITS[self.split], number])
 
 
 def encode_png(picture: np.ndarray) -> bytes:
@@ -61,8 +70,7 @@ def encode_png(picture: np.ndarray) -> bytes:
 
 def _rows(job: _Job, indices: range) -> list[_Row]:
     rows: list[_Row] = []
-    for index in indices:
-        scene = job.scene(index)
+    for index, scene in zip(indices, job.scenes(indices), strict=True):
         rows.append((f"{index:08d}", encode_png(render(scene, job.size)), scene.caption, scene.metadata()))
     return rows
 

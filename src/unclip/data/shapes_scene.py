@@ -29,6 +29,7 @@ COLOURS: tuple[str, ...] = tuple(PALETTE)
 SIZES: dict[str, tuple[float, float]] = {"small": (0.29, 0.33), "large": (0.42, 0.46)}  # units, in sides of the picture
 WORDS: tuple[str, ...] = ("stop", "go", "open", "exit", "sale", "hello", "yes", "no", "taxi", "cafe", "zoo", "wow")
 
+FAMILY = 8  # neighbouring training scenes that are easily confused
 _SINGLE_SHARE = 1 / 3  # of the scenes with one or two objects
 _HELD_OUT_SHARE = 0.10
 _HELD_OUT_SALT = "unclip shapes 1"
@@ -262,6 +263,39 @@ def draw_scene(rng: np.random.Generator, objects: tuple[int, int], signs: float,
     else:
         scene = _many_scene(rng, count, pick(rng) if held_out else None)
     return _with_sign(rng, scene) if rng.random() < signs else scene
+
+
+def draw_family(rng: np.random.Generator, objects: tuple[int, int], signs: float) -> list[Scene]:
+    """FAMILY training scenes that differ in what is easily confused, so that a contrastive batch can hold them together.
+
+    Single solids: two colours, four shapes. Pairs: the four places of one solid beside the other, and the same again
+    with their shapes exchanged, or where that is no other pair or a held-out one, with another shape for the second.
+    Larger scenes have nothing but their number of solids in common. No pair is held out.
+    """
+    count = _draw_count(rng, *objects)
+    if count == 1:
+        colours = [COLOURS[i] for i in rng.permutation(len(COLOURS))[:2]]
+        shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[: FAMILY // 2]]
+        scenes = [_single_scene(rng, Solid(c, s)) for c, s in itertools.product(colours, shapes)]
+    elif count == 2:
+        a, b = _trained_pair(rng)
+        pairs = ((a, b), _confusable(rng, a, b))
+        scenes = [_told_either_way(rng, *pair, relation) for pair, relation in itertools.product(pairs, RELATIONS)]
+    else:
+        scenes = [_many_scene(rng, count, None) for _ in range(FAMILY)]
+    return [_with_sign(rng, scene) if rng.random() < signs else scene for scene in scenes]
+
+
+def _confusable(rng: np.random.Generator, a: Solid, b: Solid) -> tuple[Solid, Solid]:
+    """Another pair that is not held out: the same colours with the shapes exchanged, else with another second shape."""
+    others = [(a, Solid(b.colour, SHAPES[i])) for i in rng.permutation(len(SHAPES)) if SHAPES[i] != b.shape]
+    candidates = [(Solid(a.colour, b.shape), Solid(b.colour, a.shape)), *others]
+    return next(pair for pair in candidates if set(pair) != {a, b} and not is_held_out(*pair))
+
+
+def _told_either_way(rng: np.random.Generator, a: Solid, b: Solid, relation: str) -> Scene:
+    """`a` stands in `relation` to `b`; the caption begins with either of them."""
+    return _pair_scene(rng, a, relation, b) if rng.random() < 0.5 else _pair_scene(rng, b, INVERSE[relation], a)
 
 
 @cache

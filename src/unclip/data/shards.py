@@ -98,15 +98,18 @@ class ShardWriter:
         marker.touch()
         return self
 
-    def write(self, key: str, png: bytes, caption: str, meta: dict[str, Any]) -> None:
-        """Append one sample. ``key`` is unique in the split and has no dot (webdataset cuts names at the first dot)."""
+    def write(self, key: str, image: bytes, caption: str, meta: dict[str, Any], kind: str = "png") -> None:
+        """Append one sample, whose picture is a file of the IMAGE_TYPES ``kind``.
+
+        ``key`` is unique in the split and has no dot (webdataset cuts names at the first dot).
+        """
         if not key or "." in key or key in self._keys:
             raise DataError(f"{self.split_dir}: the key {key!r} is empty, has a dot, or was written before")
         tar = self._open() if self._tar is None else self._tar
         tar.write(
             {
                 "__key__": key,
-                "png": png,
+                kind: image,
                 "txt": caption.encode(),
                 "json": json.dumps(meta, sort_keys=True, ensure_ascii=False).encode(),
             }

@@ -1,6 +1,7 @@
 """Encoded pictures to uint8 tensors. No flips and no random crops: captions speak of left and right."""
 
 import io
+import warnings
 
 import numpy as np
 import torch
@@ -9,15 +10,22 @@ from torch import Tensor
 
 from unclip.errors import DataError
 
+MAX_PIXELS = 80_000_000  # a file of a few kilobytes can claim to hold gigabytes
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS stands in for PIL's two limits
+
 
 def load_image(content: bytes, size: int | None = None) -> Tensor:
     """Decode a png, jpg or webp file to (3, H, W) uint8 RGB; with ``size``, cut to a size x size square.
 
     Transparency is laid on white, the camera's orientation is applied; grey, palette, CMYK and 16-bit pictures become
-    RGB. Raises DataError when the file is damaged.
+    RGB. Raises DataError when the file is damaged
+    or holds more than MAX_PIXELS.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                megapixels = image.width * image.height / 1e6
+                raise ValueError(f"{megapixels:.0f} megapixels, more than {MAX_PIXELS / 1e6:.0f}: make it smaller")
             if size is not None:
                 image.draft(
                     "RGB", (2 * size, 2 * size)

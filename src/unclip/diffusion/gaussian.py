@@ -25,10 +25,15 @@ class Predict(Enum):
 
 
 class Weighting(Enum):
-    """Weight of the squared error at each step: 1 (Ho et al. 2020, eq. 14), or Min-SNR-5 (Hang et al. 2023)."""
+    """Weight of the squared error at each step.
+
+    simple: 1 (Ho et al. 2020, eq. 14). min_snr: min(SNR, 5) for the error in x0 (Hang et al. 2023). clamped_snr: the SNR
+    within [1, 5], so that noisy steps keep their part: max(SNR, 1) of Salimans & Ho (2022, sec. 4) with Min-SNR's limit.
+    """
 
     simple = "simple"
     min_snr = "min_snr"
+    clamped_snr = "clamped_snr"
 
 
 class Timesteps(Enum):
@@ -189,18 +194,20 @@ class GaussianDiffusion:
                 return schedule.x0_from_v(step, output, x_t)
 
     def weight(self, step: Tensor) -> Tensor:
-        """The squared error's weight at each step, shaped like step. min(SNR, gamma) is the weight of the error in x0;
+        """The squared error's weight at each step, shaped like step. The clamped SNR is the weight of the error in x0;
         an error in eps is SNR times, one in v is SNR + 1 times as large (Hang et al. 2023, sec. 3.4)."""
         snr = self.schedule.snr[step]
         if self.cfg.weighting is Weighting.simple:
             return torch.ones_like(snr)
+        lowest = 1.0 if self.cfg.weighting is Weighting.clamped_snr else None
+        weight = snr.clamp(min=lowest, max=MIN_SNR_GAMMA)
         match self.cfg.predict:
             case Predict.eps:
-                return snr.clamp(max=MIN_SNR_GAMMA) / snr
+                return weight / snr
             case Predict.x0:
-                return snr.clamp(max=MIN_SNR_GAMMA)
+                return weight
             case Predict.v:
-                return snr.clamp(max=MIN_SNR_GAMMA) / (snr + 1)
+                return weight / (snr + 1)
 
 
 class NetDenoiser:
