@@ -10,6 +10,7 @@ import pytest
 import torch
 import typer
 from hydra.core.global_hydra import GlobalHydra
+from tests_support import run_command
 from typer.testing import CliRunner
 
 from unclip import artifact
@@ -160,3 +161,19 @@ def test_importing_what_is_no_file_and_no_tag_is_refused(tmp_path: Path, tiny_na
     assert isinstance(result.exception, ConfigError)
     assert "no.pt is neither a file nor a tag of 'ViT-tiny-for-tests'" in str(result.exception)
     assert not (tmp_path / "clip").exists()
+
+
+def test_doctor_finds_this_machine_ready_and_leaves_nothing(tmp_path: Path) -> None:
+    said = run_command("unclip", "doctor", "--runs", "runs", cwd=tmp_path)
+    for part in ("torch", "CPU cores", "GB free", "encodes a picture and a caption", "This machine is ready."):
+        assert part in said
+    for stage in ("CLIP", "prior", "decoder", "upsampler"):
+        assert f"step of a small {stage}" in said
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_doctor_says_what_is_wrong(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file in the way")
+    said = run_command("unclip", "doctor", "--runs", "runs", cwd=tmp_path, code=1)
+    assert "WRONG disk" in said
+    assert "Not ready" in said

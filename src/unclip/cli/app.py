@@ -184,3 +184,14 @@ def report(
     from unclip.cli.report import write_report
 
     write_report(runs, {"seconds": seconds, "cpu_seconds": cpu_seconds, "minutes": minutes})
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option("--runs", help="Where runs will be written.")] = Path("runs"),
+) -> None:
+    """Say in words whether this machine is ready: versions, devices, disk, a CLIP, one training step of each net."""
+    from unclip.cli.doctor import examine
+
+    if not examine(folder):
+        raise typer.Exit(1)
