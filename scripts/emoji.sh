@@ -12,8 +12,9 @@ embedded=(data.path="$data" data.embeddings="$runs/embeddings")
 train_upsampler() {
   run train-upsampler run="$runs/upsampler" data.path="$data" experiment=emoji_upsampler trainer.max_minutes="$(share 0.19)"
 }
-train_prior() {
-  run train-prior run="$runs/prior" "${embedded[@]}" experiment=emoji_prior trainer.max_minutes="$(share 0.30)"
+train_prior_and_judge() { # the judge is another CLIP, which looks at the drawn pictures
+  run train-prior run="$runs/prior" "${embedded[@]}" experiment=emoji_prior trainer.max_minutes="$(share 0.40)"
+  run train-clip run="$runs/judge" seed=1 data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.30)"
 }
 
 run unclip data emoji --out "$runs/data" --sizes 64
@@ -25,9 +26,10 @@ all_cores
 run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$data" precision=bf16 \
   "columns=[image_emb,text_emb,tokens,text_seq]"
 half_of_the_cores
-background train_prior
+background train_prior_and_judge
 run train-decoder run="$runs/decoder" "${embedded[@]}" experiment=emoji_decoder trainer.max_minutes="$(share 0.80)"
 join
 all_cores
 run unclip compare --from "$runs" --data "$data/test_styles" --out "$runs/test_styles.png" --num 40
+run unclip measure --from "$runs" --data "$data" --judge "$runs/judge"
 finish

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from unclip.evaluation.metrics import retrieval
+from unclip.evaluation.metrics import kid, retrieval
 
 
 def test_perfect_and_shifted_pairs() -> None:
@@ -40,3 +40,24 @@ def test_chunks_change_nothing_and_chance_level_is_right() -> None:
 def test_columns_of_different_length_are_refused() -> None:
     with pytest.raises(ValueError, match="not pairs"):
         retrieval(torch.ones(3, 2), torch.ones(2, 2), ["a", "b"])
+
+
+def test_kid_of_two_points_is_known():
+    """One dimension, all x = 0 and all y = 1: k(0, 0) = 1, k(1, 1) = 8, k(0, 1) = 1, so the distance is 1 + 8 - 2."""
+    mean, error = kid(torch.zeros(6, 1), torch.ones(6, 1), subset_size=4)
+    assert mean == pytest.approx(7000)
+    assert error == pytest.approx(0)
+
+
+def test_kid_is_unbiased_and_grows_with_the_shift():
+    generator = torch.Generator().manual_seed(0)
+    draw = [torch.randn(600, 16, generator=generator) for _ in range(3)]
+    same, error = kid(draw[0], draw[1])
+    assert abs(same) < 4 * error + 2
+    near, far = (kid(draw[0], draw[2] + shift)[0] for shift in (0.2, 0.4))
+    assert far > 2 * near > 10 * error
+
+
+def test_kid_refuses_subsets_that_are_too_large():
+    with pytest.raises(ValueError, match="subsets of 9 rows"):
+        kid(torch.zeros(8, 2), torch.zeros(20, 2), subset_size=9)

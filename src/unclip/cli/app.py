@@ -174,6 +174,21 @@ def compare(
 
 
 @app.command()
+def measure(
+    runs: Runs,
+    data_path: Annotated[Path, typer.Option("--data", help="A data set that names concepts and styles: emoji.")],
+    judge: Annotated[Path, typer.Option(help="Run of a CLIP of another seed, which looks at the drawn pictures.")],
+    num: Annotated[int, typer.Option(min=4, help="Pictures a split at most.")] = 600,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 64,
+) -> None:
+    """KID, recall and style accuracy of a chain on concepts that it never saw (needs the extra eval)."""
+    from unclip.cli.measure import measure as measure_runs
+
+    measure_runs(runs, data_path, judge, num=num, seed=seed, batch_size=batch_size)
+
+
+@app.command()
 def report(
     runs: Annotated[Path, typer.Argument(help="Folder of the runs; report.html and summary.json are written there.")],
     minutes: Annotated[float, typer.Option(help="The time budget, for the record.")] = 0.0,
