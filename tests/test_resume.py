@@ -29,17 +29,18 @@ def arguments(stage: str, run: str) -> list[str]:
     return given + (["data.embeddings=embeddings"] if stage in ("prior", "decoder") else [])
 
 
-def kill_in_training(given: list[str], cwd: Path, checkpoint: Path) -> int:
-    """Start a command, send SIGKILL as soon as a checkpoint beyond the second step stands, return that step."""
+def stop_in_training(
+    given: list[str], cwd: Path, checkpoint: Path, number: signal.Signals = signal.SIGKILL
+) -> tuple[int, int]:
+    """Start a command and signal it as soon as a checkpoint beyond the second step stands; that step and the exit code."""
     with subprocess.Popen(
         [command(given[0]), *given[1:]], cwd=cwd, env=environment(), stderr=subprocess.PIPE
     ) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             if checkpoint.exists() and (step := torch.load(checkpoint, weights_only=True)["global_step"]) > 2:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                return step
+                process.send_signal(number)
+                return step, process.wait(timeout=60)
             time.sleep(0.02)
         process.kill()
         said = process.stderr.read().decode() if process.stderr else ""
@@ -50,7 +51,7 @@ def kill_in_training(given: list[str], cwd: Path, checkpoint: Path) -> int:
 def test_killed_and_resumed_equals_uninterrupted(stage: str, data: Path):
     run_command(*arguments(stage, f"whole/{stage}"), cwd=data)
     cut = data / "cut" / stage
-    killed_at = kill_in_training(arguments(stage, f"cut/{stage}"), data, cut / "checkpoints" / "last.ckpt")
+    killed_at, _ = stop_in_training(arguments(stage, f"cut/{stage}"), data, cut / "checkpoints" / "last.ckpt")
     assert 2 < killed_at < STEPS
     assert not (cut / "artifact").exists()
     run_command(*arguments(stage, f"cut/{stage}"), cwd=data)
@@ -61,6 +62,20 @@ def test_killed_and_resumed_equals_uninterrupted(stage: str, data: Path):
     assert hashes[0] == hashes[1]
     steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines() if "train/" in line]
     assert steps == list(range(2, STEPS + 1, 2)), "every logged step stands in metrics.jsonl once"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number: signal.Signals, data: Path):
+    run = f"signal/{number.name}"
+    given, checkpoint = [*arguments("upsampler", run)], data / run / "checkpoints" / "last.ckpt"
+    seen_at, code = stop_in_training(given, data, checkpoint, number)
+    assert code == 128 + number
+    stopped_at = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert seen_at <= stopped_at < STEPS
+    run_command(*given, cwd=data)
+    run_command(*arguments("upsampler", "signal/none"), cwd=data)
+    weights = [(data / f"signal/{n}" / "artifact" / "weights.safetensors").read_bytes() for n in (number.name, "none")]
+    assert weights[0] == weights[1]
 
 
 def test_killed_and_resumed_embeddings_equal_uninterrupted_ones(data: Path):

@@ -81,6 +81,7 @@ class Metrics(pl.Callback):
         self._count += 1
         if trainer.global_step % pl_module.trainer_cfg.log_every:
             return
+        pl_module.check_finite()
         values = pl_module.averages(self._count)
         now = time.monotonic()
         values["train/samples_per_second"] = self._count * pl_module.trainer_cfg.batch_size / (now - self._clock)
@@ -139,6 +140,9 @@ class Checkpoint(pl.Callback):
             self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> None:
+        stage = trainer.lightning_module
+        assert isinstance(stage, Stage)
+        stage.check_finite()
         draft = self.path.with_suffix(".tmp")
         trainer.save_checkpoint(draft, weights_only=False)  # False: optimiser and position too
         if trainer.is_global_zero:

@@ -65,6 +65,13 @@ class OptimConfig:
             raise ConfigError(f"optim.ema_decay={self.ema_decay} must lie in [0, 1); 0 switches the EMA off")
 
 
+class OnNonfinite(Enum):
+    """What to do with a step whose loss or gradient is not finite: stop the run, or leave the weights and go on."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 @dataclass
 class TrainerConfig:
     """How long, how precisely and on what a stage trains.
@@ -72,6 +79,8 @@ class TrainerConfig:
     ``batch_size`` is the global batch: samples per optimiser step over all devices. A run ends at ``max_steps`` or after
     ``max_minutes`` of training, whichever comes first; the learning-rate decay follows the nearer of the two ends.
     A run limited by time is not reproducible to the bit, since the number of its steps depends on the machine.
+    ``on_nonfinite`` stop looks every ``log_every`` steps and before each checkpoint; skip looks at every step, for which
+    a GPU has to wait. Either writes the batch's keys to ``nonfinite.jsonl``.
     """
 
     max_steps: int = 100_000
@@ -80,6 +89,7 @@ class TrainerConfig:
     precision: Precision = Precision.bf16
     channels_last: bool = field(default=True, metadata=FREE)
     compile: bool = field(default=False, metadata=FREE)
+    on_nonfinite: OnNonfinite = field(default=OnNonfinite.stop, metadata=FREE)
     accelerator: str = field(default="auto", metadata=FREE)
     devices: int = field(default=1, metadata=FREE)
     num_nodes: int = field(default=1, metadata=FREE)

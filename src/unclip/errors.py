@@ -15,3 +15,7 @@ class ArtifactError(UnclipError):
 
 class DataError(UnclipError):
     """A data set or an embeddings folder is missing, damaged or does not match."""
+
+
+class TrainingError(UnclipError):
+    """A run cannot go on: its loss is not finite."""

@@ -2,17 +2,20 @@
 
 import contextlib
 import hashlib
+import json
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from unclip.config import OptimConfig, TrainerConfig
+from unclip.config import OnNonfinite, OptimConfig, TrainerConfig
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
+from unclip.errors import TrainingError
 from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer
 
 
@@ -41,6 +44,7 @@ class Stage(pl.LightningModule):
         self.seconds = 0.0  # spent training, over all resumptions
         self._clock = time.monotonic()
         self._sums: dict[str, Tensor] = {}
+        self._unchecked: list[tuple[int, list[str], Tensor]] = []  # step, keys, a number that is finite if all is well
         self._swap = contextlib.ExitStack()
         self.validated_at = -1  # the step of the last validation, and what it found
         self.val_metrics: dict[str, float] = {}
@@ -68,13 +72,19 @@ class Stage(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         torch.manual_seed(_hash(self.seed, self.global_step, self.global_rank))
         terms = self._losses(batch, self.noise(batch))
-        self.manual_backward(torch.stack(list(terms.values())).sum())
+        loss = torch.stack(list(terms.values())).sum()
+        self.manual_backward(loss)
         norm = clip_gradients(list(self.model.parameters()), self.optim_cfg.grad_clip)
+        self._unchecked.append((self.global_step, batch.key, loss.detach() + norm))
+        skipped = self.trainer_cfg.on_nonfinite is OnNonfinite.skip and self._first_nonfinite() is not None
+        if skipped:
+            self.adamw.zero_grad(set_to_none=True)  # the step counts, and changes nothing
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate(self.optim_cfg, self.global_step, self.progress)
         self.optimizers().step()  # type: ignore[union-attr]
         self.adamw.zero_grad(set_to_none=True)
-        self._remember({**terms, "grad_norm": norm})
+        if not skipped:
+            self._remember({**terms, "grad_norm": norm})
 
     def on_train_start(self) -> None:
         self._clock = time.monotonic()
@@ -83,6 +93,33 @@ class Stage(pl.LightningModule):
         now = time.monotonic()
         self.seconds += now - self._clock
         self._clock = now
+
+    def check_finite(self) -> None:
+        """Raise TrainingError if a step since the last check had a loss or gradient that is not finite; one host sync."""
+        step = self._first_nonfinite()
+        if step is not None:
+            raise TrainingError(
+                f"the loss or its gradient is not finite at step {step}; the keys of its samples are in {self._nonfinite}. "
+                "The last checkpoint is older and whole. Look at the samples, lower optim.lr, try trainer.precision=fp32, "
+                "or leave such steps out with trainer.on_nonfinite=skip"
+            )
+
+    def _first_nonfinite(self) -> int | None:
+        """The first unchecked step that is not finite, written down with its samples; None if there is none."""
+        unchecked, self._unchecked = self._unchecked, []
+        if not unchecked:
+            return None
+        bad = (~torch.stack([value for *_, value in unchecked]).isfinite()).nonzero().flatten().tolist()
+        if not bad:
+            return None
+        step, keys, _ = unchecked[bad[0]]
+        with self._nonfinite.open("a") as file:
+            file.write(json.dumps({"step": step, "rank": self.global_rank, "keys": keys}) + "\n")
+        return step
+
+    @property
+    def _nonfinite(self) -> Path:
+        return Path(self.trainer.default_root_dir) / "nonfinite.jsonl"
 
     def _remember(self, terms: dict[str, Tensor]) -> None:
         for name, value in terms.items():
