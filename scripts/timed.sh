@@ -13,8 +13,9 @@ run() {
     'BEGIN { printf "{\"seconds\": %.1f, \"command\": \"%s\"}\n", b - a, c }' >>"$runs/timings.jsonl"
 }
 
-half_of_the_cores() { export OMP_NUM_THREADS=$((($(nproc) + 1) / 2)); }
-all_cores() { unset OMP_NUM_THREADS; }
+threads=${OMP_NUM_THREADS:-$(nproc)}
+half_of_the_cores() { export OMP_NUM_THREADS=$(((threads + 1) / 2)); }
+all_cores() { export OMP_NUM_THREADS=$threads; }
 
 side=""
 background() { # a function; its output goes to a log, which `join` prints
@@ -24,7 +25,7 @@ background() { # a function; its output goes to a log, which `join` prints
   "$1" >"$side_log" 2>&1 &
   set +m
   side=$!
-  trap 'kill -- "-$side" 2>/dev/null || true' EXIT
+  trap 'kill -- "-$side" 2>/dev/null && wait "$side" || true' EXIT # it saves a checkpoint
 }
 
 join() { # wait for the function in the background

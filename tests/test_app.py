@@ -165,7 +165,7 @@ def test_importing_what_is_no_file_and_no_tag_is_refused(tmp_path: Path, tiny_na
 
 def test_doctor_finds_this_machine_ready_and_leaves_nothing(tmp_path: Path) -> None:
     said = run_command("unclip", "doctor", "--runs", "runs", cwd=tmp_path)
-    for part in ("torch", "CPU cores", "GB free", "encodes a picture and a caption", "This machine is ready."):
+    for part in ("torch", "GB free", "encodes a picture and a caption", "This machine is ready."):
         assert part in said
     for stage in ("CLIP", "prior", "decoder", "upsampler"):
         assert f"step of a small {stage}" in said

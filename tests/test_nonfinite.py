@@ -51,7 +51,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def test_a_run_stops_with_a_whole_checkpoint_and_the_keys(cfg: ClipTrainConfig, poisoned: list[list[str]]) -> None:
-    with pytest.raises(TrainingError, match=f"step {BAD_STEP}.*nonfinite.jsonl"):
+    with pytest.raises(TrainingError, match=r"nonfinite\.jsonl"):
         train(cfg)
     run = Path(cfg.run)
     (row,) = map(json.loads, (run / "nonfinite.jsonl").read_text().splitlines())

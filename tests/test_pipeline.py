@@ -109,3 +109,13 @@ def test_stages_of_two_clips_are_refused(pipeline: UnCLIP):
     stages["prior"] = (model, Manifest(**{**manifest.__dict__, "interface": {"clip": "other"}}), Path("runs/b/prior"))
     with pytest.raises(ArtifactError, match=r"runs/b/prior was trained on CLIP other but runs/clip is CLIP c"):
         UnCLIP(stages)
+
+
+def test_a_caption_of_a_thousand_words_is_cut_with_a_warning(pipeline: UnCLIP, caplog: pytest.LogCaptureFixture):
+    long = "a red cube " + "and a blue sphere " * 250
+    (picture,) = pipeline.generate([long])
+    assert picture.image.shape == (3, 32, 32)
+    assert "only 32 of 1005 tokens are read" in caplog.text
+    caplog.clear()
+    list(pipeline.generate(["a red cube"]))
+    assert not caplog.text

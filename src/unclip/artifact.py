@@ -81,7 +81,10 @@ def _unused(folder: Path) -> Path:
 
 def _write(draft: Path, model: nn.Module, manifest: Manifest) -> None:
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, draft / WEIGHTS)
+    try:
+        save_file(weights, draft / WEIGHTS)
+    except SafetensorError as error:  # a full disk, for instance
+        raise ArtifactError(f"{draft / WEIGHTS} could not be written ({error}); make room and run again") from error
     manifest.weights_sha256 = _sha256(draft / WEIGHTS)
     manifest.hash = content_hash(manifest)
     (draft / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")

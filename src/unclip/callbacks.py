@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -18,6 +19,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from unclip.data.datamodule import UnclipData
+from unclip.errors import TrainingError
 from unclip.evaluation.sheet import draw_table, save_picture
 from unclip.stages.base import Stage
 
@@ -82,7 +84,7 @@ class Metrics(pl.Callback):
         if trainer.global_step % pl_module.trainer_cfg.log_every:
             return
         pl_module.check_finite()
-        values = pl_module.averages(self._count)
+        values = pl_module.averages()
         now = time.monotonic()
         values["train/samples_per_second"] = self._count * pl_module.trainer_cfg.batch_size / (now - self._clock)
         values["train/lr"] = pl_module.adamw.param_groups[0]["lr"]
@@ -144,11 +146,18 @@ class Checkpoint(pl.Callback):
         assert isinstance(stage, Stage)
         stage.check_finite()
         draft = self.path.with_suffix(".tmp")
-        trainer.save_checkpoint(draft, weights_only=False)  # False: optimiser and position too
-        if trainer.is_global_zero:
-            with draft.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(draft, self.path)
+        try:
+            trainer.save_checkpoint(draft, weights_only=False)  # False: optimiser and position too
+            if trainer.is_global_zero:
+                with draft.open("rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(draft, self.path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise TrainingError(
+                f"{self.path} could not be written ({error}); the checkpoint before it, if any, is whole. "
+                f"Free disk space there and in {tempfile.gettempdir()}, and run the same command again"
+            ) from error
 
 
 class StopOnLimitOrSignal(pl.Callback):
@@ -180,8 +189,14 @@ class StopOnLimitOrSignal(pl.Callback):
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
 
 class ProgressBar(pl.Callback):

@@ -85,8 +85,12 @@ class UnCLIP:
 
     @torch.no_grad()
     def embed_text(self, captions: Sequence[str]) -> Cond:
-        """z_t, token states and tokens of captions."""
+        """z_t, token states and tokens of captions; a warning names those that are longer than CLIP reads."""
         clip = self.models["clip"]
+        for caption in dict.fromkeys(captions):
+            length, limit = clip.tokenizer.length(caption), clip.tokenizer.context_length
+            if length > limit:
+                log.warning("only %d of %d tokens are read of: %s ...", limit, length, caption[:60])
         tokens = clip.tokenize(list(captions)).to(self.device)
         tokens = tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
         with self._autocast:

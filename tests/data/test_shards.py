@@ -177,3 +177,16 @@ def test_squares_are_central_and_antialiased() -> None:
     assert (small - 127.5).abs().max() < 4
     with pytest.raises(DataError, match="cannot be decoded"):
         load_image(saved(Image.fromarray(wide))[:60])
+
+
+def test_members_whose_path_leaves_the_archive_are_left_out(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for stem in ("good", "../evil", "/etc/evil", "a/../../evil"):
+            for name, content in ((f"{stem}.png", b"picture"), (f"{stem}.txt", b"caption")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    report = build_index(tmp_path)
+    assert Shards(tmp_path).keys == ["good"]
+    assert len(report.bad) == 3
+    assert set(report.bad.values()) == {"its path leaves the archive"}

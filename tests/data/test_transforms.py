@@ -55,6 +55,11 @@ def test_the_cameras_orientation_is_applied() -> None:
     assert load_image(encoded(image, "JPEG", exif=exif)).shape == (3, 12, 16)
 
 
+def test_damaged_camera_data_is_one_error() -> None:
+    with pytest.raises(DataError, match="cannot be decoded"):
+        load_image(encoded(Image.new("RGB", (16, 12), RED), exif=b"Exif\0\0II*\0"))
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from unclip.errors import ConfigError, UnclipError
+from unclip.errors import ConfigError, told_to_the_user
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Make data sets: webdataset shards with an index.")
@@ -23,11 +23,8 @@ Runs = Annotated[Path, typer.Option("--from", help="Folder with the runs clip, p
 def main() -> None:
     """Run the command line; errors for users end in one message and exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    try:
+    with told_to_the_user():
         app()
-    except UnclipError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(1) from None
 
 
 @data.command()

@@ -52,7 +52,7 @@ def examine(folder: Path) -> bool:
         try:
             for line in check(folder):
                 typer.echo(f"ok    {name}: {line}")
-        except (OSError, RuntimeError, ValueError, UnclipError, importlib.metadata.PackageNotFoundError) as error:
+        except (OSError, RuntimeError, ValueError, UnclipError, ImportError) as error:
             well = False
             typer.echo(f"WRONG {name}: {error}")
     typer.echo("This machine is ready." if well else "Not ready: see the lines marked WRONG.")
@@ -67,7 +67,7 @@ def _versions(folder: Path) -> Iterator[str]:
 def _devices(folder: Path) -> Iterator[str]:
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)
-        bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16: set trainer.precision=fp32"
+        bf16 = "bf16" if gpu.major >= 8 else "no bf16 units: set trainer.precision=fp32"
         yield f"GPU {i}: {gpu.name}, {gpu.total_memory / 1e9:.0f} GB, {bf16}"
     if not torch.cuda.is_available():
         yield f"no GPU; {os.cpu_count()} CPU cores ({torch.backends.cpu.get_cpu_capability()}): small models only"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import typer
+from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
@@ -41,13 +42,17 @@ def measure(runs: Path, data: Path, judge: Path, *, num: int, seed: int, batch_s
     ``judge`` is a CLIP of another seed, which the chain has never met. KID is x 1000 over ``num`` pictures of the split
     test (concepts never trained on); styles are judged on test_styles (concepts trained on in other styles only).
     """
+    features = PictureFeatures()
+    for split in ("train", "val", "test", "test_styles"):  # before anything is drawn
+        few = _spread(data / split, 4)
+        if len(few) < 4 or not (_named(few, "style") and _named(few, "concept")):
+            raise DataError(f"{data / split} has {len(few)} samples; at least 4 are needed")
     pipeline = UnCLIP.load(runs, precision=Precision.bf16)
     other = artifact.load(judge, kind="clip")[0].to(pipeline.device).eval()
     if artifact.read_manifest(judge).hash == pipeline.manifests["clip"].hash:
         raise ConfigError(f"{judge} is the CLIP of {runs} itself; judge with one that was trained with another seed")
     test = _draw(pipeline, _spread(data / "test", num), seed, batch_size)
     styled = _draw(pipeline, _spread(data / "test_styles", num), seed, batch_size)
-    features = PictureFeatures(pipeline.device)
     real = features(test.real)
     blurred = gaussian_blur(test.real, [13, 13], [BLUR, BLUR])
     found: dict[str, float] = {}
@@ -71,7 +76,7 @@ def _spread(split: Path, num: int) -> list[Sample]:
 def _draw(pipeline: UnCLIP, samples: list[Sample], seed: int, batch_size: int) -> Drawn:
     clip_size = pipeline.models["clip"].image_size
     prior, true = [], []
-    for start in range(0, len(samples), batch_size):
+    for start in track(range(0, len(samples), batch_size), f"drawing {len(samples)} captions", transient=True):
         part = samples[start : start + batch_size]
         seeds = [seed + start + i for i in range(len(part))]
         text = pipeline.embed_text([sample.caption for sample in part])

@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from unclip.errors import UnclipError
+from unclip.errors import told_to_the_user
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -84,11 +84,8 @@ def _main(root: str, run: Callable[[DictConfig], Any]) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=root)
     def command(raw: DictConfig) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-        try:
+        with told_to_the_user():
             run(raw)
-        except UnclipError as error:
-            sys.stderr.write(f"error: {error}\n")
-            raise SystemExit(1) from None
 
     command()
 

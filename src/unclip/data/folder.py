@@ -47,6 +47,8 @@ class FolderReport:
         reasons = Counter(reason.split(":")[0] for reason in self.refused.values())
         examples = {reason.split(":")[0]: f"{name}: {reason}" for name, reason in reversed(self.refused.items())}
         said = [f"{split}: {count} pictures" for split, count in self.written.items()]
+        if "val" not in self.written:
+            said.append("no picture for validation: raise --val, or train with data.val_split=null")
         return said + [f"refused {count}: {reason}, such as {examples[reason]}" for reason, count in reasons.items()]
 
 
@@ -77,11 +79,15 @@ def write_folder(
     entries = _entries(Path(src))
     if not entries:
         raise DataError(f"{src} holds no picture (.{', .'.join(IMAGE_TYPES)}); nothing was written")
+    for split in ("train", "val"):
+        if any((out / split).glob("*.tar")) or (out / split / "index.json").exists():
+            raise DataError(f"{out / split} already holds a split; remove it or write to another folder")
     report, first_of = FolderReport(), dict[str, str]()
     with ExitStack() as stack:
         bar = stack.enter_context(
             Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         )
+        bar.disable = not bar.console.is_terminal
         task = bar.add_task("reading pictures", total=len(entries))
         writers: dict[str, ShardWriter] = {}
         pool = stack.enter_context(ThreadPoolExecutor(workers or os.cpu_count() or 1))
@@ -124,9 +130,13 @@ def _ahead(
 
 def _read(entry: Entry, min_size: int) -> tuple[bytes, str] | str:
     try:
-        return _picture(entry.path, min_size), _caption(entry)
+        content, caption = _picture(entry.path, min_size), _caption(entry)
+        caption.encode()
     except RefusedError as error:
         return str(error)
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
+        return "caption not Unicode: it holds a lone surrogate"
+    return content, caption
 
 
 def _picture(path: Path, min_size: int) -> bytes:
@@ -165,7 +175,7 @@ def _entries(src: Path) -> list[Entry]:
     """All pictures that a source names, in a fixed order."""
     if src.is_dir():
         found = sorted(path for path in src.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_TYPES)
-        return [Entry(path.relative_to(src).as_posix(), path, None) for path in found if path.is_file()]
+        return [Entry(_printable(path.relative_to(src).as_posix()), path, None) for path in found if path.is_file()]
     if src.suffix.lower() not in TABLES:
         raise DataError(f"{src} is neither a folder nor a table ({', '.join(TABLES)}) of path and caption")
     if not src.is_file():
@@ -179,8 +189,13 @@ def _entries(src: Path) -> list[Entry]:
         path = src.parent / str(row["path"])
         if path.suffix.lower().lstrip(".") not in IMAGE_TYPES:
             raise DataError(f"{src}, row {number}: {row['path']} is no .{', .'.join(IMAGE_TYPES)} file")
-        entries.append(Entry(str(row["path"]), path, str(row["caption"] or "")))
+        entries.append(Entry(_printable(str(row["path"])), path, str(row["caption"] or "")))
     return entries
+
+
+def _printable(name: str) -> str:
+    """File names may hold bytes that are no text."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _rows(table: Path) -> Iterable[dict[str, Any]]:
@@ -190,7 +205,7 @@ def _rows(table: Path) -> Iterable[dict[str, Any]]:
                 with table.open(encoding="utf-8-sig", newline="") as file:
                     return list(csv.DictReader(file))
             case ".jsonl":
-                lines = table.read_text(encoding="utf-8-sig").splitlines()
+                lines = table.read_text(encoding="utf-8-sig").split("\n")
                 rows = [json.loads(line) for line in lines if line.strip()]
                 if any(not isinstance(row, dict) for row in rows):
                     raise ValueError("a line is not an object")
@@ -240,6 +255,7 @@ def check_data(folder: Path) -> CheckReport:
         raise DataError(f"{folder} holds no *.tar file, nor does any folder in it")
     report = CheckReport()
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        bar.disable = not bar.console.is_terminal
         for split in splits:
             paths = sorted(split.glob("*.tar"))
             task = bar.add_task(f"checking {split.name}", total=len(paths))
@@ -257,6 +273,8 @@ def check_data(folder: Path) -> CheckReport:
 
 def _verify_or_write(split: Path, entries: list[dict[str, Any]]) -> str:
     path = split / "index.json"
+    if not entries:
+        return "not written: no good sample"
     if not path.exists():
         write_index(split, entries)
         return "written"

@@ -122,17 +122,27 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self._close()
-            write_index(self.split_dir, self._entries)
-        else:
-            if self._tar is not None and self._file is not None:
-                with contextlib.suppress(OSError):  # a full disk must not hide the first error
-                    self._tar.close()
-                    self._file.close()
-            for left in (*self.split_dir.glob("*.tar"), *self.split_dir.glob("*.tmp")):
-                left.unlink()
-        (self.split_dir / _WRITING).unlink()
+        try:
+            if kind is None:
+                self._close()
+                write_index(self.split_dir, self._entries)
+            else:
+                self._abandon()
+        except BaseException:
+            self._abandon()
+            raise
+        finally:
+            (self.split_dir / _WRITING).unlink()
+
+    def _abandon(self) -> None:
+        """Leave nothing behind; a full disk must not hide the first error."""
+        for file in (self._tar, self._file):
+            with contextlib.suppress(OSError):
+                if file is not None:
+                    file.close()
+        self._tar, self._file = None, None
+        for left in (*self.split_dir.glob("*.tar"), *self.split_dir.glob("*.tmp"), *self.split_dir.glob("index.json")):
+            left.unlink()
 
     def _name(self) -> str:
         return f"{len(self._entries):05d}.tar"
@@ -178,7 +188,8 @@ def scan_shard(path: Path, check: Callable[[bytes], object] | None = None, bad: 
     good = {}
     with path.open("rb") as file:
         for key, found in members.items():
-            reason = _why_bad(file, found, check)
+            outside = key.startswith("/") or ".." in key.split("/")
+            reason = "its path leaves the archive" if outside else _why_bad(file, found, check)
             if reason is None:
                 good[key] = found
             elif bad is not None:
@@ -207,9 +218,23 @@ def _why_bad(file: BinaryIO, found: dict[str, tuple[int, int]], check: Callable[
     if check is not None:
         try:
             check(os.pread(file.fileno(), image[1], image[0]))
+            if not _strict_caption(file, found).strip():
+                return "empty caption"
         except (OSError, ValueError, SyntaxError, DataError) as error:
             return str(error) or type(error).__name__
     return None
+
+
+def _strict_caption(file: BinaryIO, found: dict[str, tuple[int, int]]) -> str:
+    """The caption; ValueError for bytes that are not UTF-8, and for metadata that is no JSON object."""
+    offset, size = found["txt"] if "txt" in found else found["json"]
+    content = os.pread(file.fileno(), size, offset).decode("utf-8")
+    if "txt" in found:
+        return content
+    meta = json.loads(content)
+    if not isinstance(meta, dict):
+        raise ValueError("the metadata is no JSON object")
+    return str(meta.get("caption", ""))
 
 
 def _caption(file: BinaryIO, found: dict[str, tuple[int, int]]) -> str:

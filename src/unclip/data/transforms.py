@@ -1,7 +1,9 @@
 """Encoded pictures to uint8 tensors. No flips and no random crops: captions speak of left and right."""
 
 import io
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import torch
@@ -10,6 +12,10 @@ from torch import Tensor
 
 from unclip.errors import DataError
 
+_DAMAGE = (  # what PIL's decoders raise for damaged files
+    OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 MAX_PIXELS = 80_000_000  # a file of a few kilobytes can claim to hold gigabytes
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS stands in for PIL's two limits
 
@@ -18,8 +24,8 @@ def load_image(content: bytes, size: int | None = None) -> Tensor:
     """Decode a png, jpg or webp file to (3, H, W) uint8 RGB; with ``size``, cut to a size x size square.
 
     Transparency is laid on white, the camera's orientation is applied; grey, palette, CMYK and 16-bit pictures become
-    RGB. Raises DataError when the file is damaged
-    or holds more than MAX_PIXELS.
+    RGB. Raises DataError when the file is damaged or
+    holds more than MAX_PIXELS.
     """
     try:
         with Image.open(io.BytesIO(content)) as image:
@@ -31,7 +37,7 @@ def load_image(content: bytes, size: int | None = None) -> Tensor:
                     "RGB", (2 * size, 2 * size)
                 )  # JPEG decodes straight to a fraction of its size; else no effect
             picture = to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except _DAMAGE as error:
         raise DataError(f"the picture cannot be decoded ({error})") from error
     return to_tensor(picture if size is None else square(picture, size))
 

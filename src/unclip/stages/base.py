@@ -44,6 +44,7 @@ class Stage(pl.LightningModule):
         self.seconds = 0.0  # spent training, over all resumptions
         self._clock = time.monotonic()
         self._sums: dict[str, Tensor] = {}
+        self._count = 0  # steps in the sums
         self._unchecked: list[tuple[int, list[str], Tensor]] = []  # step, keys, a number that is finite if all is well
         self._swap = contextlib.ExitStack()
         self.validated_at = -1  # the step of the last validation, and what it found
@@ -76,15 +77,14 @@ class Stage(pl.LightningModule):
         self.manual_backward(loss)
         norm = clip_gradients(list(self.model.parameters()), self.optim_cfg.grad_clip)
         self._unchecked.append((self.global_step, batch.key, loss.detach() + norm))
-        skipped = self.trainer_cfg.on_nonfinite is OnNonfinite.skip and self._first_nonfinite() is not None
+        skipped = self.trainer_cfg.on_nonfinite is OnNonfinite.skip and self._any_nonfinite()
         if skipped:
             self.adamw.zero_grad(set_to_none=True)  # the step counts, and changes nothing
         for group in self.adamw.param_groups:
             group["lr"] = learning_rate(self.optim_cfg, self.global_step, self.progress)
         self.optimizers().step()  # type: ignore[union-attr]
         self.adamw.zero_grad(set_to_none=True)
-        if not skipped:
-            self._remember({**terms, "grad_norm": norm})
+        self._remember({} if skipped else {**terms, "grad_norm": norm})
 
     def on_train_start(self) -> None:
         self._clock = time.monotonic()
@@ -96,40 +96,38 @@ class Stage(pl.LightningModule):
 
     def check_finite(self) -> None:
         """Raise TrainingError if a step since the last check had a loss or gradient that is not finite; one host sync."""
-        step = self._first_nonfinite()
-        if step is not None:
+        if self._any_nonfinite():
             raise TrainingError(
-                f"the loss or its gradient is not finite at step {step}; the keys of its samples are in {self._nonfinite}. "
-                "The last checkpoint is older and whole. Look at the samples, lower optim.lr, try trainer.precision=fp32, "
-                "or leave such steps out with trainer.on_nonfinite=skip"
+                f"the loss or its gradient is not finite; step and keys of its samples are in {self._nonfinite}. The last "
+                "checkpoint, if any, is older and whole. Look at the samples; leave such steps out with "
+                "trainer.on_nonfinite=skip, or start another run with a lower optim.lr or trainer.precision=fp32"
             )
 
-    def _first_nonfinite(self) -> int | None:
-        """The first unchecked step that is not finite, written down with its samples; None if there is none."""
+    def _any_nonfinite(self) -> bool:
+        """Whether an unchecked step is not finite on any rank; the first on each is written down with its samples."""
         unchecked, self._unchecked = self._unchecked, []
-        if not unchecked:
-            return None
-        bad = (~torch.stack([value for *_, value in unchecked]).isfinite()).nonzero().flatten().tolist()
-        if not bad:
-            return None
-        step, keys, _ = unchecked[bad[0]]
-        with self._nonfinite.open("a") as file:
-            file.write(json.dumps({"step": step, "rank": self.global_rank, "keys": keys}) + "\n")
-        return step
+        values = torch.stack([value for *_, value in unchecked]) if unchecked else torch.zeros(1)
+        bad = (~values.isfinite()).nonzero().flatten().tolist()
+        if bad:
+            step, keys, _ = unchecked[bad[0]]
+            with self._nonfinite.open("a") as file:
+                file.write(json.dumps({"step": step, "rank": self.global_rank, "keys": keys}) + "\n")
+        return self.trainer.strategy.reduce_boolean_decision(bool(bad), all=False)
 
     @property
     def _nonfinite(self) -> Path:
         return Path(self.trainer.default_root_dir) / "nonfinite.jsonl"
 
     def _remember(self, terms: dict[str, Tensor]) -> None:
+        self._count += bool(terms)
         for name, value in terms.items():
             value = value.detach()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
-    def averages(self, num_steps: int) -> dict[str, float]:
-        """Means of the training terms over the last ``num_steps`` steps; reading them is the only host sync."""
-        means = {f"train/{name}": float(total) / num_steps for name, total in self._sums.items()}
-        self._sums = {}
+    def averages(self) -> dict[str, float]:
+        """Means of the training terms since the last call, without skipped steps; reading them is a host sync."""
+        means = {f"train/{name}": float(total) / self._count for name, total in self._sums.items()}
+        self._sums, self._count = {}, 0
         return means
 
     # Validation: averaged weights, fixed noise (a sample's position in validation is its index).
