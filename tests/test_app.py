@@ -34,7 +34,8 @@ def run(*arguments: object):
 
 def test_all_commands_are_known():
     names = {" ".join(path) for path in COMMANDS}
-    assert names == {"data shapes", "data emoji", "import clip", "generate", "verdict", "compare", "report"}
+    data = {"data shapes", "data emoji", "data folder", "data check"}
+    assert names == data | {"import clip", "generate", "verdict", "compare", "measure", "report", "doctor"}
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)

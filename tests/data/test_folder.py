@@ -93,6 +93,7 @@ def test_every_refusal_is_reported_with_its_reason(pictures: Path, tmp_path: Pat
     assert any("refused 3: not decodable" in line for line in report.lines())
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
 def test_a_picture_of_a_hundred_megapixels_is_refused_before_it_is_decoded() -> None:
     buffer = io.BytesIO()
     Image.new("1", (10_000, 10_000)).save(buffer, "PNG")

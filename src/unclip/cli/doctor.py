@@ -99,7 +99,7 @@ def _clip(folder: Path) -> Iterator[str]:
     picture, tokens = torch.zeros(1, 3, 32, 32, dtype=torch.uint8), model.tokenize(["a red cube"])
     with TemporaryDirectory(dir=folder, prefix=".doctor-") as scratch, torch.no_grad():
         artifact.save(Path(scratch), model, Manifest("clip", "clip", to_plain(cfg), to_plain(model.interface())))
-        loaded = artifact.load(Path(scratch), kind="clip")[0].eval()
+        loaded: Any = artifact.load(Path(scratch), kind="clip")[0].eval()
         same = torch.equal(model.encode_image(picture), loaded.encode_image(picture))
         if not same or not torch.equal(model.encode_text(tokens)[0], loaded.encode_text(tokens)[0]):
             raise RuntimeError("a CLIP that was saved and loaded encodes otherwise than before")
