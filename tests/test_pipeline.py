@@ -1,5 +1,6 @@
 """The pipeline on freshly built models: one seed is one picture, in any batch."""
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -111,7 +112,10 @@ def test_stages_of_two_clips_are_refused(pipeline: UnCLIP):
         UnCLIP(stages)
 
 
-def test_a_caption_of_a_thousand_words_is_cut_with_a_warning(pipeline: UnCLIP, caplog: pytest.LogCaptureFixture):
+def test_a_caption_of_a_thousand_words_is_cut_with_a_warning(
+    pipeline: UnCLIP, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("unclip.pipeline"), "disabled", False)  # Hydra, run in this process, sets it
     long = "a red cube " + "and a blue sphere " * 250
     (picture,) = pipeline.generate([long])
     assert picture.image.shape == (3, 32, 32)

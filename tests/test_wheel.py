@@ -41,7 +41,7 @@ def test_the_commands_help_and_train_outside_the_repository(installed: Path, tmp
     where = run([str(installed / "python"), "-c", "import unclip; print(unclip.__file__)"], tmp_path)
     assert Path(where.strip()).is_relative_to(installed.parent)
     assert "doctor" in run([str(installed / "unclip"), "--help"], tmp_path)
-    assert "data.embeddings" in run([str(installed / "train-prior"), "--help"], tmp_path)
+    assert "run: ???" in run([str(installed / "train-prior"), "--help"], tmp_path)
     run([str(installed / "unclip"), "data", "shapes", "--out", "data", "--num", "64", "--size", "16"], tmp_path)
     one_step = [*TINY["clip"], "trainer.max_steps=1", "run=run", "data.path=data"]
     run([str(installed / "train-clip"), *one_step], tmp_path)
