@@ -17,18 +17,12 @@ train_prior() {
 }
 
 run unclip data shapes --out "$runs/data" --num 20000 --size 64 --seed 0
-half_of_the_cores # networks this small leave the other half idle, so two stages train side by side
-background train_upsampler
-run train-clip run="$runs/clip" data.path="$runs/data" experiment=demo_clip trainer.max_minutes="$(share 0.29)"
-join
-all_cores
+run_beside train_upsampler \
+  train-clip run="$runs/clip" data.path="$runs/data" experiment=demo_clip trainer.max_minutes="$(share 0.29)"
 run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$runs/data" precision=bf16 \
   "columns=[image_emb,text_emb,tokens,text_seq]"
-half_of_the_cores
-background train_prior
-run train-decoder run="$runs/decoder" "${embedded[@]}" experiment=demo_decoder trainer.max_minutes="$(share 0.49)"
-join
-all_cores
+run_beside train_prior \
+  train-decoder run="$runs/decoder" "${embedded[@]}" experiment=demo_decoder trainer.max_minutes="$(share 0.49)"
 run unclip generate --from "$runs" --out "$runs/pictures" --num 4 --seed 0 "a red cube on top of a blue cube" \
   "a small green sphere left of a yellow cone" "a purple ring" "an orange cylinder under a cyan sphere"
 run unclip verdict --from "$runs" --data "$runs/data" --out "$runs/verdict"

@@ -18,18 +18,12 @@ train_prior_and_judge() { # the judge is another CLIP, which looks at the drawn 
 }
 
 run unclip data emoji --out "$runs/data" --sizes 64
-half_of_the_cores # networks this small leave the other half idle, so two stages train side by side
-background train_upsampler
-run train-clip run="$runs/clip" data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.20)"
-join
-all_cores
+run_beside train_upsampler \
+  train-clip run="$runs/clip" data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.20)"
 run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$data" precision=bf16 \
   "columns=[image_emb,text_emb,tokens,text_seq]"
-half_of_the_cores
-background train_prior_and_judge
-run train-decoder run="$runs/decoder" "${embedded[@]}" experiment=emoji_decoder trainer.max_minutes="$(share 0.80)"
-join
-all_cores
+run_beside train_prior_and_judge \
+  train-decoder run="$runs/decoder" "${embedded[@]}" experiment=emoji_decoder trainer.max_minutes="$(share 0.80)"
 run unclip compare --from "$runs" --data "$data/test_styles" --out "$runs/test_styles.png" --num 40
 run unclip measure --from "$runs" --data "$data" --judge "$runs/judge"
 finish

@@ -14,25 +14,23 @@ run() {
 }
 
 threads=${OMP_NUM_THREADS:-$(nproc)}
-half_of_the_cores() { export OMP_NUM_THREADS=$(((threads + 1) / 2)); }
-all_cores() { export OMP_NUM_THREADS=$threads; }
 
-side=""
-background() { # a function; its output goes to a log, which `join` prints
-  printf '\n(beside the next command: %s, output in %s)\n' "${1//_/ }" "$runs/$1.log"
-  side_log="$runs/$1.log"
+# run_beside FUNCTION COMMAND...: both at once, on half of the cores each, since networks this small leave the other half
+# idle. What the function prints comes after the command's output.
+run_beside() {
+  local side_log="$runs/$1.log" status=0
+  printf '\n(beside the next command: %s, output in %s)\n' "${1//_/ }" "$side_log"
+  export OMP_NUM_THREADS=$(((threads + 1) / 2))
   set -m # a process group of its own, so that the trap reaches the commands in it
   "$1" >"$side_log" 2>&1 &
   set +m
   side=$!
   trap 'kill -- "-$side" 2>/dev/null && wait "$side" || true' EXIT # it saves a checkpoint
-}
-
-join() { # wait for the function in the background
-  local status=0
+  run "${@:2}"
   wait "$side" || status=$?
   trap - EXIT
   cat "$side_log"
+  export OMP_NUM_THREADS=$threads
   return "$status"
 }
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from unclip.errors import DataError
 from unclip.evaluation.styles import StyleClassifier
 
 
@@ -21,5 +22,5 @@ def test_styles_are_told_apart_on_fresh_pictures_and_chance_is_chance():
 
 
 def test_one_style_is_refused():
-    with pytest.raises(ValueError, match="at least two styles"):
+    with pytest.raises(DataError, match="at least two styles"):
         StyleClassifier.fit(torch.zeros(3, 2), ["flat"] * 3)

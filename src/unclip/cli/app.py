@@ -179,7 +179,7 @@ def measure(
     seed: Seed = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 64,
 ) -> None:
-    """KID, recall and style accuracy of a chain on concepts that it never saw (needs the extra eval)."""
+    """KID, recall and style accuracy of a chain on pictures that it never saw (needs the extra eval)."""
     from unclip.cli.measure import measure as measure_runs
 
     measure_runs(runs, data_path, judge, num=num, seed=seed, batch_size=batch_size)

@@ -1,4 +1,4 @@
-"""``unclip measure``: how good a chain is on captions and concepts that it never saw, in numbers."""
+"""``unclip measure``: how good a chain is on held-out concepts and on held-out styles of known ones, in numbers."""
 
 import json
 from dataclasses import dataclass, replace
@@ -40,7 +40,8 @@ def measure(runs: Path, data: Path, judge: Path, *, num: int, seed: int, batch_s
     """Measure the chain in ``runs`` on ``data``, whose samples name their concept and style; writes measures.json there.
 
     ``judge`` is a CLIP of another seed, which the chain has never met. KID is x 1000 over ``num`` pictures of the split
-    test (concepts never trained on); styles are judged on test_styles (concepts trained on in other styles only).
+    test (concepts never trained on); styles are judged on test_styles (concepts trained on in other styles only). The recall
+    of the chain's CLIP is among one picture a concept of val, test and test_styles.
     """
     features = PictureFeatures()
     for split in ("train", "val", "test", "test_styles"):  # before anything is drawn

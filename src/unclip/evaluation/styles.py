@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unclip.errors import DataError
+
 PENALTY = 1e-3  # on the squared weights
 
 
@@ -23,7 +25,7 @@ class StyleClassifier:
         """Multinomial logistic regression with a ridge penalty, by L-BFGS from zero: the same data, the same classifier."""
         names = sorted(set(styles))
         if len(names) < 2:
-            raise ValueError(f"a classifier needs at least two styles, got {names}")
+            raise DataError(f"a style classifier needs pictures of at least two styles, got {names}")
         mean, std = features.mean(0), features.std(0).clamp(min=1e-6)
         x, target = (features - mean) / std, torch.tensor([names.index(style) for style in styles])
         net = nn.Linear(x.shape[1], len(names))
