@@ -115,7 +115,8 @@ def test_stages_of_two_clips_are_refused(pipeline: UnCLIP):
 def test_a_caption_of_a_thousand_words_is_cut_with_a_warning(
     pipeline: UnCLIP, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(logging.getLogger("unclip.pipeline"), "disabled", False)  # Hydra, run in this process, sets it
+    monkeypatch.setattr(logging.getLogger("unclip.pipeline"), "disabled", False)  # Hydra, run in this process by other
+    caplog.set_level(logging.WARNING)  # tests, sets the first, and ERROR as the root logger's level
     long = "a red cube " + "and a blue sphere " * 250
     (picture,) = pipeline.generate([long])
     assert picture.image.shape == (3, 32, 32)
