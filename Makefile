@@ -4,7 +4,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 15
-EMOJI_MINUTES ?= 60
+EMOJI_MINUTES ?= 55
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## Show this help
@@ -23,7 +23,7 @@ setup: .venv/ready ## Create .venv and install unclip with everything the tests 
 demo: setup ## Train the whole chain on generated shapes and judge it (MINUTES=15)
 	scripts/demo.sh $(MINUTES)
 
-emoji: setup ## Train the whole chain on real pictures: emoji (EMOJI_MINUTES=60 of training)
+emoji: setup ## Train the whole chain on real pictures: emoji (EMOJI_MINUTES=55 of training)
 	scripts/emoji.sh $(EMOJI_MINUTES)
 
 test: setup ## Run the tests

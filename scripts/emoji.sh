@@ -1,29 +1,29 @@
 #!/usr/bin/env bash
 # The whole chain on real pictures, by the commands that a user would type.
-# usage: scripts/emoji.sh [MINUTES] [FOLDER]     minutes of training in all, 60 by default
+# usage: scripts/emoji.sh [MINUTES] [FOLDER]     minutes of training in all, 55 by default
 set -euo pipefail
 cd "$(dirname "$0")/.."
-minutes=${1:-60}
+minutes=${1:-55}
 runs=${2:-runs/emoji}
 source scripts/timed.sh
 
 data=$runs/data/64
 embedded=(data.path="$data" data.embeddings="$runs/embeddings")
 train_upsampler() {
-  run train-upsampler run="$runs/upsampler" data.path="$data" experiment=emoji_upsampler trainer.max_minutes="$(share 0.19)"
+  run train-upsampler run="$runs/upsampler" data.path="$data" experiment=emoji_upsampler trainer.max_minutes="$(share 0.17)"
 }
 train_prior_and_judge() { # the judge is another CLIP, which looks at the drawn pictures
-  run train-prior run="$runs/prior" "${embedded[@]}" experiment=emoji_prior trainer.max_minutes="$(share 0.40)"
-  run train-clip run="$runs/judge" seed=1 data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.30)"
+  run train-prior run="$runs/prior" "${embedded[@]}" experiment=emoji_prior trainer.max_minutes="$(share 0.45)"
+  run train-clip run="$runs/judge" seed=1 data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.33)"
 }
 
 run unclip data emoji --out "$runs/data" --sizes 64
 run_beside train_upsampler \
-  train-clip run="$runs/clip" data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.20)"
+  train-clip run="$runs/clip" data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.18)"
 run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$data" precision=bf16 \
-  "columns=[image_emb,text_emb,tokens,text_seq]"
+  "columns=[image_emb,text_emb,tokens]"
 run_beside train_prior_and_judge \
-  train-decoder run="$runs/decoder" "${embedded[@]}" experiment=emoji_decoder trainer.max_minutes="$(share 0.80)"
+  train-decoder run="$runs/decoder" "${embedded[@]}" experiment=emoji_decoder trainer.max_minutes="$(share 0.82)"
 run unclip compare --from "$runs" --data "$data/test_styles" --out "$runs/test_styles.png" --num 40
 run unclip measure --from "$runs" --data "$data" --judge "$runs/judge"
 finish

@@ -131,7 +131,7 @@ def test_equals_diffusers_upsampler_forward_and_backward():
     assert_same_gradients(net.unet, reference)
 
 
-@pytest.mark.parametrize("text", [DecoderText.clip_states, DecoderText.transformer])
+@pytest.mark.parametrize("text", [DecoderText.clip_states, DecoderText.transformer, DecoderText.tokens])
 def test_masked_positions_and_trimming_change_nothing(text: DecoderText):
     net = make_net(text)
     cond, x_t, timestep = make_cond(), torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999])
@@ -180,6 +180,18 @@ def test_a_row_is_dropped_alone_and_guidance_halves_agree_with_separate_runs():
     null = net.prepare(cond.without_text().without_image(), Keep())
     assert_close(both[3:], net(x_t, timestep, null), atol=1e-5, rtol=1e-5)
     assert_close(net(x_t, timestep, context.first(3)), both[:3], atol=1e-5, rtol=1e-5)
+
+
+def test_own_tokens_enter_the_timestep_embedding_as_their_sum():
+    net = make_net(DecoderText.tokens, image=False).text_proj
+    tokens = torch.tensor([[3, 7, 7, 49, 0], [5, 49, 0, 0, 0]])  # 49 ends the caption
+    emb, states, mask = net(Cond(tokens=tokens), Keep())
+    table = net.token_embedding.weight
+    assert_close(emb[0], net.pooled_proj((table[3] + 2 * table[7] + table[49]) / 2), atol=1e-5, rtol=1e-5)
+    assert_close(emb[1], net.pooled_proj((table[5] + table[49]) / 2**0.5), atol=1e-5, rtol=1e-5)
+    assert mask.tolist() == [[True] * 4 + [False], [True] * 2 + [False] * 3]
+    assert_close(states[0, 1], net.text_encoder_hidden_states_norm(net.encoder_hidden_states_proj(table[7])))
+    assert not net(Cond(tokens=tokens), Keep(text=torch.tensor([False, False])))[0].any()
 
 
 def test_image_tokens_are_channel_major():

@@ -92,7 +92,7 @@ def compare_split(runs: Path, split: Path, out: Path, *, num: int, seed: int, ba
     rows = []
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
-        captions, seeds = [s.caption for s in part], [seed] * len(part)
+        captions, seeds = [s.caption for s in part], [seed + start + i for i in range(len(part))]
         text = pipeline.embed_text(captions)
         true = pipeline.embed_image(torch.stack([load_image(s.image, clip_size) for s in part]))
         from_prior = pipeline.decode(replace(text, image_emb=pipeline.sample_prior(text, seeds)), seeds)

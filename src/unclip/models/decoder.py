@@ -136,7 +136,7 @@ class Decoder(nn.Module):
             "image_emb": conditioning.image,
             "text_emb": conditioning.text_emb,
             "text_seq": conditioning.text is DecoderText.clip_states,
-            "tokens": conditioning.text is DecoderText.transformer,
+            "tokens": conditioning.text.is_own,
         }
         for column, is_needed in needed.items():
             if is_needed and vars(cond)[column] is None:

@@ -12,11 +12,21 @@ from unclip.nets.unet import UNet, UNetConfig, UNetContext
 
 
 class DecoderText(Enum):
-    """The decoder's caption path: none, states of the frozen CLIP text tower (Karlo), or an own transformer (paper)."""
+    """The decoder's caption path.
+
+    none; ``clip_states`` of the frozen CLIP text tower (Karlo); an own ``transformer`` (paper); or ``tokens``: an own
+    embedding of each token and their sum, which learns a large vocabulary in fewer steps but not the order of words.
+    """
 
     none = "none"
     clip_states = "clip_states"
     transformer = "transformer"
+    tokens = "tokens"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the decoder itself learns to read the caption's tokens."""
+        return self in (DecoderText.transformer, DecoderText.tokens)
 
 
 @dataclass
@@ -46,8 +56,8 @@ class ConditioningConfig:
 class TextProj(nn.Module):
     """Turns z_i, z_t and the caption into context tokens and an addition to the timestep embedding.
 
-    Names and maths are those of diffusers' UnCLIPTextProjModel; ``transformer`` and ``pooled_proj`` exist for the
-    trained text transformer only. Context tokens: those of z_i first, then the caption's.
+    Names and maths are those of diffusers' UnCLIPTextProjModel; ``transformer``, ``token_embedding`` and
+    ``pooled_proj`` exist for captions that the decoder reads itself. Context tokens: those of z_i first, then the caption's.
     """
 
     def __init__(self, cfg: ConditioningConfig, widths: ClipWidths, time_dim: int):
@@ -64,12 +74,19 @@ class TextProj(nn.Module):
             if cfg.null_text is Null.learned:
                 self.null_text_emb = nn.Parameter(torch.zeros(embed_dim))
         if cfg.text is not DecoderText.none:
-            width = cfg.transformer.width if cfg.text is DecoderText.transformer else widths.text_width
+            width = {
+                DecoderText.clip_states: widths.text_width,
+                DecoderText.transformer: cfg.transformer.width,
+                DecoderText.tokens: cfg.context_dim,
+            }[cfg.text]
             self.encoder_hidden_states_proj = nn.Linear(width, cfg.context_dim)
             self.text_encoder_hidden_states_norm = nn.LayerNorm(cfg.context_dim)
         if cfg.text is DecoderText.transformer:
             self.transformer = TextTransformer(cfg.transformer, widths.vocab_size, widths.context_length)
-            self.pooled_proj = nn.Linear(cfg.transformer.width, time_dim)
+        if cfg.text is DecoderText.tokens:
+            self.token_embedding = nn.Embedding(widths.vocab_size, width)  # N(0, 1): smaller learns late
+        if cfg.text.is_own:
+            self.pooled_proj = nn.Linear(width, time_dim)
             if cfg.null_text is Null.learned:
                 self.null_pooled = nn.Parameter(torch.zeros(time_dim))
 
@@ -98,7 +115,7 @@ class TextProj(nn.Module):
         if self.cfg.text_emb:
             emb = emb + self.embedding_proj(self._rows(cond.text_emb, keep.text, "null_text_emb", rows))
         states, mask, pooled = self._caption(cond)
-        if self.cfg.text is DecoderText.transformer:
+        if self.cfg.text.is_own:
             emb = emb + self._rows(pooled, keep.text, "null_pooled", rows, self.time_dim)
         if states is None:
             return emb, torch.cat(tokens, dim=1) if tokens else None, None
@@ -123,11 +140,20 @@ class TextProj(nn.Module):
         return proj.in_features
 
     def _caption(self, cond: Cond) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Caption states, their mask, and the transformer's last state, projected to the timestep embedding's width."""
+        """Caption states, their mask, and the caption as one vector of the timestep embedding's width.
+
+        That vector is the transformer's last state (GLIDE), or the sum of the n tokens' embeddings / sqrt(n).
+        """
         if self.cfg.text is DecoderText.transformer and cond.tokens is not None:
             mask = cond.caption_mask()
             states, last = self.transformer(cond.tokens, mask)
             return states, mask, self.pooled_proj(last)
+        if self.cfg.text is DecoderText.tokens and cond.tokens is not None:
+            mask = cond.caption_mask()
+            assert mask is not None
+            states = self.token_embedding(cond.tokens)
+            total = (states * mask[..., None]).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1).sqrt()
+            return states, mask, self.pooled_proj(total)
         if self.cfg.text is DecoderText.clip_states and cond.text_seq is not None:
             return cond.text_seq, cond.caption_mask(), None
         return None, None, None
