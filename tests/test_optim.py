@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from unclip.config import Decay, OptimConfig
-from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer
+from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer, perturbed
 
 CFG = OptimConfig(lr=0.01, beta1=0.8, beta2=0.95, weight_decay=0.1, ema_decay=0.4)
 
@@ -172,3 +172,16 @@ def test_clipping_is_torchs(limit: float):
     for mine, other in zip(clipped, [p.grad for p in nets[1].parameters() if p.grad is not None], strict=True):
         assert_close(mine, other, rtol=0, atol=0)
     assert all(map(torch.equal, before, clipped)) == (limit != 0.5)
+
+
+def test_sam_on_a_quadratic():
+    """f(w) = w'Aw / 2 has the gradient Aw, so SAM's is A(w + rho Aw / |Aw|) (Foret et al. 2021, eq. 3)."""
+    matrix, start = torch.diag(torch.tensor([4.0, 1.0, 0.25])), torch.tensor([1.0, -2.0, 3.0])
+    w = nn.Parameter(start.clone())
+    (w @ matrix @ w / 2).backward()
+    with perturbed([w, nn.Parameter(torch.ones(2))], rho=0.1):  # the second has no gradient and stays out
+        assert w.grad is None
+        (w @ matrix @ w / 2).backward()
+    flat = matrix @ start
+    assert_close(w.grad, matrix @ (start + 0.1 * flat / flat.norm()))
+    assert torch.equal(w, start)

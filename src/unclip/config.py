@@ -44,7 +44,9 @@ class OptimConfig:
 
     ``lr`` is reached after ``warmup_steps`` and then decays over the run to ``final_lr`` x lr. ``grad_clip`` is the
     largest global gradient norm (0: no clipping). ``ema_decay`` is the limit of the EMA decay; early on it is
-    (1 + step) / (10 + step), so short runs are not averaged with their initialisation (0: no EMA).
+    (1 + step) / (10 + step), so short runs are not averaged with their initialisation (0: no EMA). ``sam_rho`` > 0 takes
+    each gradient at the worst point of that distance (sharpness-aware minimisation; the paper's CLIP: 0.1), which costs a
+    second pass. ``layer_decay`` < 1 multiplies the rate of a layer by it for each layer above (CLIP only).
     """
 
     lr: float = 1.2e-4
@@ -57,10 +59,16 @@ class OptimConfig:
     final_lr: float = 0.0
     grad_clip: float = 1.0
     ema_decay: float = 0.9999
+    sam_rho: float = 0.0
+    layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ConfigError(f"optim.lr={self.lr} must be positive")
+        if self.sam_rho < 0:
+            raise ConfigError(f"optim.sam_rho={self.sam_rho} is a distance: 0 switches it off")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"optim.layer_decay={self.layer_decay} must lie in (0, 1]; 1 gives all layers one rate")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"optim.ema_decay={self.ema_decay} must lie in [0, 1); 0 switches the EMA off")
 
@@ -76,7 +84,8 @@ class OnNonfinite(Enum):
 class TrainerConfig:
     """How long, how precisely and on what a stage trains.
 
-    ``batch_size`` is the global batch: samples per optimiser step over all devices. A run ends at ``max_steps`` or after
+    ``batch_size`` is the global batch: samples per optimiser step over all devices, computed in ``accumulate`` parts one
+    after another to save memory, with the same result (CLIP encodes twice for that). A run ends at ``max_steps`` or after
     ``max_minutes`` of training, whichever comes first; the learning-rate decay follows the nearer of the two ends.
     A run limited by time is not reproducible to the bit, since the number of its steps depends on the machine.
     ``on_nonfinite`` stop looks every ``log_every`` steps and before each checkpoint; skip looks at every step, for which
@@ -86,6 +95,7 @@ class TrainerConfig:
     max_steps: int = 100_000
     max_minutes: float | None = field(default=None, metadata=FREE)
     batch_size: int = 256
+    accumulate: int = field(default=1, metadata=FREE)
     precision: Precision = Precision.bf16
     channels_last: bool = field(default=True, metadata=FREE)
     compile: bool = field(default=False, metadata=FREE)
@@ -103,6 +113,10 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.max_steps < 1:
             raise ConfigError(f"trainer.max_steps={self.max_steps} must be at least 1")
+        if self.accumulate < 1:
+            raise ConfigError(
+                f"trainer.accumulate={self.accumulate} must be at least 1, the number of parts of a batch"
+            )
         if self.batch_size % (self.devices * self.num_nodes):
             raise ConfigError(
                 f"trainer.batch_size={self.batch_size} is the global batch; it must be a multiple of "

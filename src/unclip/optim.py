@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.config import Decay, OptimConfig
+from unclip.errors import ConfigError
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -61,14 +62,56 @@ class AdamWEMA(torch.optim.AdamW):
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> AdamWEMA:
     """AdamW over the trainable weights; weight decay applies to matrices and convolutions, not to biases, norms and tables.
 
-    Tables are embeddings: a row that no caption used would otherwise decay to nothing.
+    Tables are embeddings: a row that no caption used would otherwise decay to nothing. Each group's ``lr_scale`` is what
+    ``optim.layer_decay`` makes of its layers.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in tables]
-    plain = [p for p in trainable if p.ndim < 2 or id(p) in tables]
-    groups = [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return AdamWEMA([g for g in groups if g["params"]], cfg)
+    scales = _learning_rate_scales(model, cfg.layer_decay)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = p.ndim >= 2 and id(p) not in tables
+            groups.setdefault((scales.get(name, 1.0), not decays), []).append(p)
+    if not groups:
+        raise ConfigError("nothing is left to train: all weights are frozen")
+    return AdamWEMA(
+        [
+            {"params": groups[key], "weight_decay": 0.0 if key[1] else cfg.weight_decay, "lr_scale": key[0]}
+            for key in sorted(groups)
+        ],
+        cfg,
+    )
+
+
+def _learning_rate_scales(model: Any, layer_decay: float) -> dict[str, float]:
+    if layer_decay == 1.0:
+        return {}
+    if not hasattr(model, "learning_rate_scales"):
+        raise ConfigError("optim.layer_decay is for fine-tuning CLIP; this model has no order of layers: set it to 1")
+    return model.learning_rate_scales(layer_decay)
+
+
+@contextmanager
+def perturbed(parameters: list[nn.Parameter], rho: float) -> Iterator[None]:
+    """Sharpness-aware minimisation (Foret et al. 2021, eq. 2): inside the block the weights are w + rho * g / |g|.
+
+    g are the gradients, taken over all of ``parameters`` and then cleared. Afterwards the weights are w again, bit for
+    bit, and the gradients those that the block has left.
+    """
+    weights = [p for p in parameters if p.grad is not None]
+    gradients = [p.grad for p in weights if p.grad is not None]
+    scale = rho / (torch.nn.utils.get_total_norm(gradients) + 1e-12)
+    before = [p.detach().clone() for p in weights]
+    with torch.no_grad():
+        for p, gradient in zip(weights, gradients, strict=True):
+            p.add_(gradient * scale)
+            p.grad = None
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in zip(weights, before, strict=True):
+                p.copy_(value)
 
 
 def learning_rate(cfg: OptimConfig, step: int, progress: float) -> float:

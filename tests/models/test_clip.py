@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from unclip.data.batch import Batch
 from unclip.errors import ArtifactError, ConfigError
-from unclip.models.clip import CLIP, CLIPConfig, Tokenizer, contrastive_loss
+from unclip.models.clip import CLIP, CLIPConfig, Tokenizer
+from unclip.models.contrastive import contrastive_loss
 from unclip.models.interface import Interface
 
 SMALL = {

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from unclip.models.clip import contrastive_loss
+from unclip.models.contrastive import contrastive_loss
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)

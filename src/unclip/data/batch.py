@@ -43,6 +43,16 @@ class Batch:
         """The batch in page-locked memory, for asynchronous copies to a GPU."""
         return self._map(Tensor.pin_memory)
 
+    def split(self, parts: int) -> "list[Batch]":
+        """At most ``parts`` batches of consecutive rows, as equal as they can be; views of this one's tensors."""
+        size = -(-len(self) // parts)
+        return [self._rows(slice(start, start + size)) for start in range(0, len(self), size)]
+
+    def _rows(self, rows: slice) -> "Batch":
+        return replace(
+            self, **{f.name: value[rows] for f in fields(self) if (value := self.__dict__[f.name]) is not None}
+        )
+
     def column(self, name: str) -> Tensor:
         """The column ``name``, which must be there; ValueError if the stage did not ask the data for it."""
         value = self.__dict__[name]

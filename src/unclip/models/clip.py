@@ -7,18 +7,18 @@ import logging
 import math
 import pickle
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.errors import ArtifactError, ConfigError
+from unclip.models.contrastive import Contrast, contrastive_loss, sigmoid_loss
 from unclip.models.interface import Interface, ModelConfig
 
 log = logging.getLogger(__name__)
@@ -33,12 +33,22 @@ class CLIPConfig(ModelConfig):
 
     ``pretrained``: a tag of open_clip (openai, laion2b_s34b_b79k …), or a local .pt or .safetensors file; "" trains
     from scratch. ``quick_gelu`` null takes what the architecture or the pretrained weights ask for. With a ``name``,
-    the other fields do not apply and must keep their defaults.
+    the fields from ``embed_dim`` on do not apply and must keep their defaults.
+
+    ``contrast``: the loss. ``freeze_image`` and ``freeze_text`` train the other tower only (LiT; Zhai et al. 2022), but for
+    the last ``unlocked_image_groups`` or ``unlocked_text_groups``: the projection, the last block with its norm, then
+    one block each, at last the input embeddings. ``gradient_checkpointing`` computes activations twice to hold fewer.
     """
 
     name: str = ""
     pretrained: str = ""
     quick_gelu: bool | None = None
+    contrast: Contrast = Contrast.softmax
+    freeze_image: bool = False
+    freeze_text: bool = False
+    unlocked_image_groups: int = 0
+    unlocked_text_groups: int = 0
+    gradient_checkpointing: bool = False
     embed_dim: int = 256
     image_size: int = 32
     patch_size: int = 8
@@ -51,10 +61,13 @@ class CLIPConfig(ModelConfig):
     context_length: int = 32
 
     def __post_init__(self) -> None:
+        for tower in ("image", "text"):
+            if getattr(self, f"unlocked_{tower}_groups") and not getattr(self, f"freeze_{tower}"):
+                raise ConfigError(f"model.unlocked_{tower}_groups needs model.freeze_{tower}=true: else all is trained")
         if self.name:
-            free = ("name", "pretrained", "quick_gelu")
-            defaults = {key: default.default for key, default in CLIPConfig.__dataclass_fields__.items()}
-            changed = [key for key, value in asdict(self).items() if key not in free and value != defaults[key]]
+            names = list(CLIPConfig.__dataclass_fields__)
+            small = names[names.index("embed_dim") :]
+            changed = [key for key in small if getattr(self, key) != CLIPConfig.__dataclass_fields__[key].default]
             if changed:
                 raise ConfigError(f"model.{changed[0]} has no effect with model.name={self.name}; remove one of them")
         elif self.image_size % self.patch_size:
@@ -80,10 +93,17 @@ class CLIP(nn.Module):
 
         self.config = config
         architecture, preprocess = _architecture(config)
+        if config.contrast is Contrast.sigmoid:
+            architecture |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # SigLIP, section 3.1
         self.model: Any = open_clip.CLIP(**architecture)
         for module in list(self.model.modules()):
             if isinstance(module, ResidualAttentionBlock) and isinstance(module.attn, nn.MultiheadAttention):
                 module.add_module("attn", Attention(module.attn))
+        if config.freeze_image:
+            self.model.lock_image_tower(config.unlocked_image_groups, freeze_bn_stats=True)
+        if config.freeze_text:
+            self.model.lock_text_tower(config.unlocked_text_groups)
+        self.model.set_grad_checkpointing(config.gradient_checkpointing)
         self.tokenizer = Tokenizer(self.model.context_length)
         size = self.model.visual.image_size
         self.image_size: int = size if isinstance(size, int) else size[0]
@@ -138,30 +158,51 @@ class CLIP(nn.Module):
         return pooled @ net.text_projection, text_seq
 
     def losses(self, batch: Batch, noise: Noise | None = None) -> dict[str, Tensor]:
-        """The symmetric contrastive loss over the global batch; CLIP draws no noise."""
+        """The contrastive loss over the global batch; CLIP draws no noise."""
+        return self.contrast(*self.features(batch))
+
+    def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Unit z_i and z_t (B, D), float32."""
         if batch.image is None or batch.tokens is None:
             raise ValueError("CLIP needs a batch with pictures and tokens")
         image_emb = F.normalize(self.encode_image(batch.image).float(), dim=-1)
-        text_emb = F.normalize(self.encode_text(batch.tokens)[0].float(), dim=-1)
+        return image_emb, F.normalize(self.encode_text(batch.tokens)[0].float(), dim=-1)
+
+    def contrast(self, image_emb: Tensor, text_emb: Tensor) -> dict[str, Tensor]:
+        """The loss of unit embeddings (B, D) of pairs."""
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
-        return {"contrastive": contrastive_loss(image_emb, text_emb, self.model.logit_scale.exp())}
+        scale = self.model.logit_scale.exp()
+        if self.config.contrast is Contrast.sigmoid:
+            return {"contrastive": sigmoid_loss(image_emb, text_emb, scale, self.model.logit_bias)}
+        return {"contrastive": contrastive_loss(image_emb, text_emb, scale)}
+
+    def logit_parameters(self) -> list[nn.Parameter]:
+        """What the loss holds beside the embeddings: temperature and, for SigLIP, bias."""
+        sigmoid = self.config.contrast is Contrast.sigmoid
+        return [self.model.logit_scale, *([self.model.logit_bias] if sigmoid else [])]
+
+    def learning_rate_scales(self, decay: float) -> dict[str, float]:
+        """By parameter name, decay^(layers above it): the input embeddings of a tower learn slowest (Clark et al. 2020)."""
+        depths = {"visual.": len(self._blocks(self.model.visual)), "": len(self._blocks(self.model))}
+        return {
+            name: decay ** _layers_above(name.removeprefix("model."), depths) for name, _ in self.named_parameters()
+        }
+
+    @staticmethod
+    def _blocks(tower: Any) -> Any:
+        return tower.transformer.resblocks if hasattr(tower, "transformer") else []
 
 
-def contrastive_loss(image_emb: Tensor, text_emb: Tensor, scale: Tensor) -> Tensor:
-    """Symmetric cross-entropy of unit vectors (B, D), pair i being row i of both (Radford et al. 2021, figure 3).
-
-    With several ranks the rows of all ranks are gathered with their gradients: every rank returns the loss of the
-    global batch, and averaging gradients over ranks (as DDP does) gives the gradient of a single device.
-    """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        from torch.distributed.nn.functional import all_gather
-
-        image_emb, text_emb = torch.cat(all_gather(image_emb)), torch.cat(all_gather(text_emb))
-    with torch.autocast(image_emb.device.type, enabled=False):
-        logits = scale * image_emb.float() @ text_emb.float().T
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+def _layers_above(name: str, depths: dict[str, int]) -> int:
+    """How many blocks of its tower stand between a parameter of open_clip's model and the loss; 0 for the head."""
+    tower = "visual." if name.startswith("visual.") else ""
+    name = name.removeprefix("visual.")
+    if name.startswith("transformer.resblocks."):
+        return depths[tower] - int(name.split(".")[2])
+    if name.startswith(("ln_post", "proj", "ln_final", "text_projection", "logit_")):
+        return 0
+    return depths[tower] + 1
 
 
 class Attention(nn.Module):
@@ -289,7 +330,10 @@ def _load_pretrained(model: Any, config: CLIPConfig) -> None:
         path = download_pretrained(known)
     log.info("loading CLIP weights from %s", path)
     try:
-        open_clip.load_checkpoint(model, path, strict=True, weights_only=True)
+        found: Any = open_clip.load_checkpoint(model, path, strict=False, weights_only=True)
+        wrong = {*found.missing_keys, *found.unexpected_keys} - {"logit_bias"}  # SigLIP has one, CLIP has none
+        if wrong:
+            raise KeyError(f"missing or unknown: {', '.join(sorted(wrong)[:4])} ({len(wrong)} in all)")
     except pickle.UnpicklingError as error:
         raise ArtifactError(f"{path} holds more than weights, which is not loaded; save it as .safetensors") from error
     except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:

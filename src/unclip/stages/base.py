@@ -10,13 +10,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import ParallelStrategy
 from torch import Tensor
 
 from unclip.config import OnNonfinite, OptimConfig, TrainerConfig
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.errors import TrainingError
-from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer
+from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer, perturbed
 
 
 @dataclass
@@ -71,20 +72,55 @@ class Stage(pl.LightningModule):
         return Noise.at(self.seed, batch.position, self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed(_hash(self.seed, self.global_step, self.global_rank))
-        terms = self._losses(batch, self.noise(batch))
+        terms = self._gradients(batch)
         loss = torch.stack(list(terms.values())).sum()
-        self.manual_backward(loss)
         norm = clip_gradients(list(self.model.parameters()), self.optim_cfg.grad_clip)
         self._unchecked.append((self.global_step, batch.key, loss.detach() + norm))
         skipped = self.trainer_cfg.on_nonfinite is OnNonfinite.skip and self._any_nonfinite()
         if skipped:
             self.adamw.zero_grad(set_to_none=True)  # the step counts, and changes nothing
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate(self.optim_cfg, self.global_step, self.progress)
+            group["lr"] = group["lr_scale"] * learning_rate(self.optim_cfg, self.global_step, self.progress)
         self.optimizers().step()  # type: ignore[union-attr]
         self.adamw.zero_grad(set_to_none=True)
         self._remember({} if skipped else {**terms, "grad_norm": norm})
+
+    def _gradients(self, batch: Batch) -> dict[str, Tensor]:
+        """Fill the gradients of one step; returns the terms of the loss."""
+        if not self.optim_cfg.sam_rho:
+            return self._backward(batch)
+        with self._unsynced():  # each rank climbs by its own gradient, as in the paper
+            terms = self._backward(batch)
+        with perturbed(list(self.model.parameters()), self.optim_cfg.sam_rho):
+            self._backward(batch)
+        return terms
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """Add the gradients of the batch's loss, part by part."""
+        sums: dict[str, Tensor] = {}
+        parts = batch.split(self.trainer_cfg.accumulate)
+        for i, part in enumerate(parts):
+            self.seed_dropout(i)
+            terms = {
+                name: value * (len(part) / len(batch)) for name, value in self._losses(part, self.noise(part)).items()
+            }
+            with self._unsynced(i < len(parts) - 1):
+                self.manual_backward(torch.stack(list(terms.values())).sum())
+            sums = {name: value.detach() + sums.get(name, 0) for name, value in terms.items()}
+        return sums
+
+    def seed_dropout(self, part: int) -> None:
+        """The same masks whenever this part of this step is computed."""
+        torch.manual_seed(_hash(self.seed, self.global_step, self.global_rank, *([part] if part else [])))
+
+    def _unsynced(self, yes: bool = True) -> contextlib.AbstractContextManager[None]:
+        """Where DDP keeps the gradients of a backward pass to their rank."""
+        strategy = self.trainer.strategy
+        return (
+            strategy.block_backward_sync()
+            if yes and isinstance(strategy, ParallelStrategy)
+            else contextlib.nullcontext()
+        )
 
     def on_train_start(self) -> None:
         self._clock = time.monotonic()

@@ -11,6 +11,38 @@ from unclip.stages.base import Row, Stage
 class ClipStage(Stage):
     columns = ("caption's picture", "1st found", "2nd", "3rd", "4th")
 
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """In parts, with the loss of the whole batch: its gradient on each embedding is passed on part by part.
+
+        All embeddings are computed once without gradients, then once more with them (Gao et al. 2021, "Scaling Deep
+        Contrastive Learning Batch Size under Memory Limited Setup").
+        """
+        parts = batch.split(self.trainer_cfg.accumulate)
+        if len(parts) == 1:
+            return super()._backward(batch)
+        with torch.no_grad():
+            cached = [self._features(i, part) for i, part in enumerate(parts)]
+        torch.clear_autocast_cache()  # it holds casts of the weights without their gradients
+        embeddings = [torch.cat(column).requires_grad_() for column in zip(*cached, strict=True)]
+        scalars = [p for p in self.model.logit_parameters() if p.requires_grad]
+        terms = self.model.contrast(*embeddings)
+        gradients = torch.autograd.grad(terms["contrastive"], [*embeddings, *scalars])
+        offset = 0
+        for i, part in enumerate(parts):
+            rows = slice(offset, offset + len(part))
+            pairs = [(value, g[rows]) for value, g in zip(self._features(i, part), gradients[:2], strict=True)]
+            last = i == len(parts) - 1
+            if last:
+                pairs += zip(scalars, gradients[2:], strict=True)
+            with self._unsynced(not last):
+                self.manual_backward(torch.stack([(value * g).sum() for value, g in pairs]).sum())
+            offset += len(part)
+        return {name: value.detach() for name, value in terms.items()}
+
+    def _features(self, i: int, part: Batch) -> tuple[Tensor, Tensor]:
+        self.seed_dropout(i)
+        return self.model.features(part)
+
     def start_validation(self) -> None:
         self._image_emb: list[Tensor] = []
         self._text_emb: list[Tensor] = []
