@@ -177,7 +177,7 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
     manifest = artifact.Manifest(
         kind=kind,
         model=name_of(cfg.model),  # type: ignore[attr-defined]
-        config=to_plain(cfg.model),  # type: ignore[attr-defined]
+        config=to_plain(stage.model.cfg),
         interface=to_plain(interface),
         parents={"clip": interface.clip} if interface.clip else {},
         step=step,

@@ -50,7 +50,7 @@ class Probe(ClipStage):
         mine = batch.split(self.trainer.world_size)[self.global_rank]
         for name, (contrast, accumulate, rho) in MODES.items():
             self.zero_grad(set_to_none=True)
-            self.model.config.contrast = contrast
+            self.model.cfg.contrast = contrast
             self.trainer_cfg.accumulate, self.optim_cfg.sam_rho = accumulate, rho
             terms = self._gradients(mine)
             gradients = {key: p.grad.clone() for key, p in self.model.named_parameters() if p.grad is not None}

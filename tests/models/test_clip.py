@@ -165,9 +165,7 @@ def test_pickled_code_does_not_run(tmp_path: Path) -> None:
 
 
 def quick(config: CLIPConfig) -> bool:
-    from unclip.models.clip import _architecture
-
-    return bool(_architecture(config)[0].get("quick_gelu"))
+    return bool(config.architecture().arguments.get("quick_gelu"))
 
 
 def test_openai_weights_get_quick_gelu() -> None:

@@ -51,7 +51,7 @@ def test_sigmoid_loss_by_hand() -> None:
 @pytest.mark.parametrize("contrast", list(Contrast))
 def test_a_batch_in_parts_has_the_whole_batchs_loss_and_gradients(contrast: Contrast, accumulate: int) -> None:
     clip = make_clip()
-    clip.config.contrast = contrast
+    clip.cfg.contrast = contrast
     loss, wanted = gradients(clip, 1)
     cached_loss, found = gradients(clip, accumulate)
     assert_close(cached_loss, loss, rtol=1e-6, atol=1e-6)
@@ -90,7 +90,7 @@ def test_two_ranks_agree_with_one_device(tmp_path: Path) -> None:
     found = torch.load(tmp_path / "out.pt")
     for mode, (contrast, _, rho) in MODES.items():
         clip = make_clip()
-        clip.config.contrast = contrast
+        clip.cfg.contrast = contrast
         loss, wanted = sam_per_rank(clip, rho) if rho else gradients(clip, 1)
         assert_close(found[mode][0], loss, rtol=1e-5, atol=1e-5, msg=mode)
         assert_same(found[mode][1], wanted, tolerance=1e-4 if rho else 1e-5)  # the climb multiplies rounding errors

@@ -94,19 +94,23 @@ def check(
 
 @imports.command("clip")
 def import_clip(
-    name: Annotated[str, typer.Argument(help="An open_clip model name, such as ViT-B-32.")],
-    pretrained: Annotated[str, typer.Option(help="A pretrained tag, or a local .pt or .safetensors file.")],
+    name: Annotated[str, typer.Argument(help="An open_clip name (ViT-B-32), hf-hub:OWNER/MODEL or local-dir:FOLDER.")],
     out: Out,
+    pretrained: Annotated[
+        str, typer.Option(help="A pretrained tag, or a local .pt or .safetensors file; hub and folder bring their own.")
+    ] = "",
 ) -> None:
     """Make a CLIP artifact from pretrained weights, without training."""
     from unclip.artifact import Manifest, save
     from unclip.config import to_plain
     from unclip.models.clip import CLIP, CLIPConfig
+    from unclip.models.clip_sources import is_foreign
 
-    cfg = CLIPConfig(name=name, pretrained=pretrained)
-    model = CLIP(cfg)
+    if not pretrained and not is_foreign(name):
+        raise typer.BadParameter(f"{name} alone has no weights: add --pretrained TAG or --pretrained FILE")
+    model = CLIP(CLIPConfig(name=name, pretrained=pretrained))
     model.fit()
-    folder = save(out, model, Manifest("clip", "clip", to_plain(cfg), to_plain(model.interface())))
+    folder = save(out, model, Manifest("clip", "clip", to_plain(model.cfg), to_plain(model.interface())))
     typer.echo(f"wrote {folder}")
 
 

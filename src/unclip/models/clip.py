@@ -3,12 +3,8 @@
 Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision".
 """
 
-import logging
 import math
-import pickle
-from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,22 +14,22 @@ from torch import Tensor, nn
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.errors import ArtifactError, ConfigError
+from unclip.models.clip_sources import Architecture, foreign_description, is_foreign, load_weights, named_architecture
 from unclip.models.contrastive import Contrast, contrastive_loss, sigmoid_loss
 from unclip.models.interface import Interface, ModelConfig
 
-log = logging.getLogger(__name__)
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's training pictures, in [0, 1]
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass
 class CLIPConfig(ModelConfig):
-    """Either an architecture of open_clip's registry (``name``, for instance ViT-B-32) or the small one below.
+    """Either a model of open_clip (``name``) or the small one below.
 
-    ``pretrained``: a tag of open_clip (openai, laion2b_s34b_b79k …), or a local .pt or .safetensors file; "" trains
-    from scratch. ``quick_gelu`` null takes what the architecture or the pretrained weights ask for. With a ``name``,
-    the fields from ``embed_dim`` on do not apply and must keep their defaults.
+    ``name``: one of open_clip's registry (ViT-B-32), or hf-hub:OWNER/MODEL or local-dir:FOLDER, which bring their weights.
+    ``description`` is what such a place says of it, kept so that an artifact needs the place no more; leave it empty.
+    ``pretrained``: a tag of open_clip (openai, laion2b_s34b_b79k …), or a local .pt or .safetensors file; "" trains a
+    model of the registry from scratch. ``quick_gelu`` null takes what the architecture or the pretrained weights ask
+    for. With a ``name``, the fields from ``embed_dim`` on do not apply and must keep their defaults.
 
     ``contrast``: the loss. ``freeze_image`` and ``freeze_text`` train the other tower only (LiT; Zhai et al. 2022), but for
     the last ``unlocked_image_groups`` or ``unlocked_text_groups``: the projection, the last block with its norm, then
@@ -41,6 +37,7 @@ class CLIPConfig(ModelConfig):
     """
 
     name: str = ""
+    description: str = ""
     pretrained: str = ""
     quick_gelu: bool | None = None
     contrast: Contrast = Contrast.softmax
@@ -79,6 +76,17 @@ class CLIPConfig(ModelConfig):
     def columns(self) -> tuple[str, ...]:
         return ("image", "tokens")
 
+    def architecture(self) -> Architecture:
+        """What open_clip builds."""
+        found = (
+            named_architecture(self.name, self.pretrained, self.description, self.quick_gelu)
+            if self.name
+            else Architecture(_small(self))
+        )
+        if self.contrast is Contrast.sigmoid:
+            found.arguments |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # SigLIP, section 3.1
+        return found
+
 
 class CLIP(nn.Module):
     """open_clip's model: uint8 pictures in, raw (not unit-norm) embeddings out, captions cut to their length."""
@@ -86,29 +94,29 @@ class CLIP(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: CLIPConfig, interface: Interface | None = None) -> None:
+    def __init__(self, cfg: CLIPConfig, interface: Interface | None = None) -> None:
         super().__init__()
         import open_clip
         from open_clip.transformer import ResidualAttentionBlock
 
-        self.config = config
-        architecture, preprocess = _architecture(config)
-        if config.contrast is Contrast.sigmoid:
-            architecture |= {"init_logit_scale": math.log(10), "init_logit_bias": -10.0}  # SigLIP, section 3.1
-        self.model: Any = open_clip.CLIP(**architecture)
+        if is_foreign(cfg.name) and not cfg.description:
+            cfg = replace(cfg, description=foreign_description(cfg.name))
+        self.cfg = cfg
+        architecture = cfg.architecture()
+        self.model: Any = open_clip.CLIP(**architecture.arguments)
         for module in list(self.model.modules()):
             if isinstance(module, ResidualAttentionBlock) and isinstance(module.attn, nn.MultiheadAttention):
                 module.add_module("attn", Attention(module.attn))
-        if config.freeze_image:
-            self.model.lock_image_tower(config.unlocked_image_groups, freeze_bn_stats=True)
-        if config.freeze_text:
-            self.model.lock_text_tower(config.unlocked_text_groups)
-        self.model.set_grad_checkpointing(config.gradient_checkpointing)
+        if cfg.freeze_image:
+            self.model.lock_image_tower(cfg.unlocked_image_groups, freeze_bn_stats=True)
+        if cfg.freeze_text:
+            self.model.lock_text_tower(cfg.unlocked_text_groups)
+        self.model.set_grad_checkpointing(cfg.gradient_checkpointing)
         self.tokenizer = Tokenizer(self.model.context_length)
         size = self.model.visual.image_size
         self.image_size: int = size if isinstance(size, int) else size[0]
-        self.register_buffer("mean", torch.tensor(preprocess["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocess["std"]).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(architecture.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(architecture.std).view(1, 3, 1, 1), persistent=False)
         own = self.interface()
         if interface is not None and interface.embed_dim and replace(interface, clip="") != own:
             raise ArtifactError(f"the configuration builds a CLIP with {own}, but {interface} is asked for")
@@ -124,8 +132,8 @@ class CLIP(nn.Module):
 
     def fit(self, embeddings: None = None) -> None:
         """Load the pretrained weights, if any. A CLIP that is rebuilt from an artifact does not come here."""
-        if self.config.pretrained:
-            _load_pretrained(self.model, self.config)
+        if self.cfg.pretrained or is_foreign(self.cfg.name):
+            load_weights(self.model, self.cfg.name, self.cfg.pretrained)
 
     def finish(self, embeddings: None = None) -> None:
         """Nothing to do after training."""
@@ -173,13 +181,13 @@ class CLIP(nn.Module):
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
         scale = self.model.logit_scale.exp()
-        if self.config.contrast is Contrast.sigmoid:
+        if self.cfg.contrast is Contrast.sigmoid:
             return {"contrastive": sigmoid_loss(image_emb, text_emb, scale, self.model.logit_bias)}
         return {"contrastive": contrastive_loss(image_emb, text_emb, scale)}
 
     def logit_parameters(self) -> list[nn.Parameter]:
         """What the loss holds beside the embeddings: temperature and, for SigLIP, bias."""
-        sigmoid = self.config.contrast is Contrast.sigmoid
+        sigmoid = self.cfg.contrast is Contrast.sigmoid
         return [self.model.logit_scale, *([self.model.logit_bias] if sigmoid else [])]
 
     def learning_rate_scales(self, decay: float) -> dict[str, float]:
@@ -262,29 +270,6 @@ class Tokenizer:
         return {"context_length": self.context_length, "_bpe": None}
 
 
-def _architecture(config: CLIPConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of open_clip.CLIP, and mean and std of the pictures. Downloads nothing."""
-    preprocess: dict[str, Any] = {"mean": MEAN, "std": STD}
-    if not config.name:
-        return _small(config), preprocess
-    import open_clip
-    from open_clip.pretrained import get_pretrained_cfg
-
-    architecture = open_clip.get_model_config(config.name)
-    if architecture is None:
-        raise ConfigError(f"model.name={config.name} is not in open_clip; `open_clip.list_models()` lists the names")
-    _refuse_unsupported(config.name, architecture)
-    known = get_pretrained_cfg(config.name, config.pretrained) if config.pretrained else {}
-    preprocess |= {key: known[key] for key in ("mean", "std") if known.get(key)}
-    architecture = deepcopy(architecture)
-    if config.quick_gelu is not None:
-        architecture["quick_gelu"] = config.quick_gelu
-    elif config.pretrained == "openai" or known.get("quick_gelu"):
-        architecture["quick_gelu"] = True  # OpenAI's weights want QuickGELU; the registry's plain names say GELU
-    names = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
-    return {name: architecture[name] for name in names if name in architecture}, preprocess
-
-
 def _small(config: CLIPConfig) -> dict[str, Any]:
     return {
         "embed_dim": config.embed_dim,
@@ -303,43 +288,6 @@ def _small(config: CLIPConfig) -> dict[str, Any]:
             "heads": config.text_heads,
         },
     }
-
-
-def _refuse_unsupported(name: str, architecture: dict[str, Any]) -> None:
-    """Text towers that are not CLIP's causal transformer with end-of-text pooling have no place in the chain."""
-    text = architecture["text_cfg"]
-    other = [key for key in ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls") if text.get(key)]
-    if architecture.get("custom_text") or other or text.get("pool_type", "argmax") != "argmax":
-        raise ConfigError(
-            f"model.name={name} has another text tower than OpenAI's CLIP ({', '.join(other) or 'custom_text'}); "
-            "take one of the ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14, RN50 families"
-        )
-
-
-def _load_pretrained(model: Any, config: CLIPConfig) -> None:
-    """Load weights strictly and without running pickled code."""
-    import open_clip
-    from open_clip.pretrained import download_pretrained, get_pretrained_cfg
-
-    path = config.pretrained
-    if not Path(path).is_file():
-        known = get_pretrained_cfg(config.name, path) if config.name else {}
-        if not known:
-            tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.name)) if config.name else "none"
-            raise ConfigError(f"model.pretrained={path} is neither a file nor a tag of '{config.name}' (tags: {tags})")
-        path = download_pretrained(known)
-    log.info("loading CLIP weights from %s", path)
-    try:
-        found: Any = open_clip.load_checkpoint(model, path, strict=False, weights_only=True)
-        wrong = {*found.missing_keys, *found.unexpected_keys} - {"logit_bias"}  # SigLIP has one, CLIP has none
-        if wrong:
-            raise KeyError(f"missing or unknown: {', '.join(sorted(wrong)[:4])} ({len(wrong)} in all)")
-    except pickle.UnpicklingError as error:
-        raise ArtifactError(f"{path} holds more than weights, which is not loaded; save it as .safetensors") from error
-    except (RuntimeError, KeyError, EOFError, OSError, ValueError) as error:
-        raise ArtifactError(
-            f"{path} does not hold the weights of {config.name or 'this small CLIP'}: {error}"
-        ) from error
 
 
 def _resize(image: Tensor, size: int) -> Tensor:
