@@ -173,21 +173,22 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
             callback.save(trainer)
         if isinstance(callback, SampleSheet):
             callback.draw(trainer, stage)
-    interface = stage.model.interface() if kind == "clip" else data.interface
-    manifest = artifact.Manifest(
-        kind=kind,
-        model=name_of(cfg.model),  # type: ignore[attr-defined]
-        config=to_plain(stage.model.cfg),
-        interface=to_plain(interface),
-        parents={"clip": interface.clip} if interface.clip else {},
-        step=step,
-        samples=step * cfg.trainer.batch_size,
-        metrics={**metrics, "seconds": seconds},
-        data=data.fingerprint,
-        settings=to_plain(cfg),
-    )
-    if trainer.is_global_zero:
-        with optimizer.ema_weights():
+    with optimizer.ema_weights():
+        stage.model.finish(data.embeddings)
+        interface = stage.model.interface() if kind == "clip" else data.interface
+        manifest = artifact.Manifest(
+            kind=kind,
+            model=name_of(cfg.model),  # type: ignore[attr-defined]
+            config=to_plain(stage.model.cfg),
+            interface=to_plain(interface),
+            parents={"clip": interface.clip} if interface.clip else {},
+            step=step,
+            samples=step * cfg.trainer.batch_size,
+            metrics={**metrics, "seconds": seconds},
+            data=data.fingerprint,
+            settings=to_plain(cfg),
+        )
+        if trainer.is_global_zero:
             artifact.save(run, stage.model, manifest)
     trainer.strategy.barrier()
     log.info("%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))

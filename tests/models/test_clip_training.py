@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from unclip.config import OptimConfig, TrainerConfig
 from unclip.errors import ConfigError
-from unclip.models.clip import CLIP, CLIPConfig
+from unclip.models.clip import CLIP, CLIPConfig, interpolate
 from unclip.models.contrastive import Contrast, sigmoid_loss
 from unclip.optim import make_optimizer
 from unclip.stages.clip import ClipStage
@@ -166,3 +166,43 @@ def test_checkpointed_gradients_are_the_same() -> None:
     plain.model.set_grad_checkpointing(True)
     assert_same(gradients(plain, 1)[1], wanted)
     assert CLIP(CLIPConfig(**SMALL, gradient_checkpointing=True)).model.transformer.grad_checkpointing  # type: ignore[arg-type]
+
+
+def test_lora_starts_from_the_weights_trains_few_and_merges() -> None:
+    pytest.importorskip("peft")
+    plain = make_clip()
+    batch, names = make_batch(plain), set(plain.state_dict())
+    clip = CLIP(CLIPConfig(**SMALL, contrast=Contrast.sigmoid, lora_rank=2))  # type: ignore[arg-type]
+    clip._set_lora(0)
+    clip.load_state_dict(plain.state_dict())
+    clip._set_lora(2)
+    assert_close(clip.features(batch), plain.features(batch))
+    trained = {name for name, p in clip.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {"model.logit_scale", "model.logit_bias"}
+    for tower in ("visual.", ""):
+        for layer in ("attn", "attn.base_layer.out_proj", "mlp.c_fc", "mlp.c_proj"):
+            assert f"model.{tower}transformer.resblocks.0.{layer}.lora_A.default.weight" in trained
+    for name, p in clip.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    adapted = clip.features(batch)
+    assert (adapted[0] - plain.features(batch)[0]).abs().max() > 0.01
+    clip.finish()
+    assert set(clip.state_dict()) == names
+    assert clip.cfg.lora_rank == 0
+    assert_close(clip.features(batch), adapted, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ConfigError, match=r"leave out model\.freeze_"):
+        CLIPConfig(lora_rank=2, freeze_text=True)
+
+
+def test_wise_ft_lies_between() -> None:
+    start, tuned = make_clip(), make_clip()
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(1.0)
+    wanted = {name: value + 0.25 for name, value in start.state_dict().items()}
+    interpolate(start, tuned, 0.25)
+    assert all(torch.allclose(tuned.state_dict()[name], value) for name, value in wanted.items())
+    other = CLIP(CLIPConfig(**(SMALL | {"embed_dim": 6})))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="different architectures"):
+        interpolate(other, tuned, 0.5)

@@ -114,6 +114,26 @@ def import_clip(
     typer.echo(f"wrote {folder}")
 
 
+@app.command("wise-ft")
+def wise_ft(
+    start: Annotated[Path, typer.Argument(exists=True, help="The CLIP before fine-tuning: a run or an artifact.")],
+    tuned: Annotated[Path, typer.Argument(exists=True, help="The CLIP that was fine-tuned from it.")],
+    out: Out,
+    share: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of the fine-tuned weights; the rest is the start's.")
+    ] = 0.5,
+) -> None:
+    """Mix a fine-tuned CLIP with the one that it started from (WiSE-FT), which often keeps more of what that one knew."""
+    from unclip.artifact import Manifest, load, save
+    from unclip.models.clip import interpolate
+
+    (before, first), (model, second) = load(start, kind="clip"), load(tuned, kind="clip")
+    interpolate(before, model, share)
+    parents = {"start": first.hash, "tuned": second.hash}
+    folder = save(out, model, Manifest("clip", "clip", second.config, second.interface, parents))
+    typer.echo(f"wrote {folder}")
+
+
 @app.command()
 def generate(
     runs: Runs,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.errors import ArtifactError, ConfigError
+from unclip.models.clip_lora import add_lora, merge_lora
 from unclip.models.clip_sources import Architecture, foreign_description, is_foreign, load_weights, named_architecture
 from unclip.models.contrastive import Contrast, contrastive_loss, sigmoid_loss
 from unclip.models.interface import Interface, ModelConfig
@@ -33,7 +34,9 @@ class CLIPConfig(ModelConfig):
 
     ``contrast``: the loss. ``freeze_image`` and ``freeze_text`` train the other tower only (LiT; Zhai et al. 2022), but for
     the last ``unlocked_image_groups`` or ``unlocked_text_groups``: the projection, the last block with its norm, then
-    one block each, at last the input embeddings. ``gradient_checkpointing`` computes activations twice to hold fewer.
+    one block each, at last the input embeddings. ``lora_rank`` > 0 trains low-rank additions to the blocks' matrices (and the
+    temperature) instead of the weights; the artifact holds the sum. ``gradient_checkpointing`` computes activations twice
+    to hold fewer.
     """
 
     name: str = ""
@@ -45,6 +48,7 @@ class CLIPConfig(ModelConfig):
     freeze_text: bool = False
     unlocked_image_groups: int = 0
     unlocked_text_groups: int = 0
+    lora_rank: int = 0
     gradient_checkpointing: bool = False
     embed_dim: int = 256
     image_size: int = 32
@@ -61,6 +65,8 @@ class CLIPConfig(ModelConfig):
         for tower in ("image", "text"):
             if getattr(self, f"unlocked_{tower}_groups") and not getattr(self, f"freeze_{tower}"):
                 raise ConfigError(f"model.unlocked_{tower}_groups needs model.freeze_{tower}=true: else all is trained")
+        if self.lora_rank and (self.freeze_image or self.freeze_text):
+            raise ConfigError("model.lora_rank freezes all weights and adapts both towers: leave out model.freeze_*")
         if self.name:
             names = list(CLIPConfig.__dataclass_fields__)
             small = names[names.index("embed_dim") :]
@@ -112,6 +118,8 @@ class CLIP(nn.Module):
         if cfg.freeze_text:
             self.model.lock_text_tower(cfg.unlocked_text_groups)
         self.model.set_grad_checkpointing(cfg.gradient_checkpointing)
+        self.adapters: Any = None
+        self._set_lora(cfg.lora_rank)
         self.tokenizer = Tokenizer(self.model.context_length)
         size = self.model.visual.image_size
         self.image_size: int = size if isinstance(size, int) else size[0]
@@ -133,10 +141,20 @@ class CLIP(nn.Module):
     def fit(self, embeddings: None = None) -> None:
         """Load the pretrained weights, if any. A CLIP that is rebuilt from an artifact does not come here."""
         if self.cfg.pretrained or is_foreign(self.cfg.name):
+            self._set_lora(0)
             load_weights(self.model, self.cfg.name, self.cfg.pretrained)
+            self._set_lora(self.cfg.lora_rank)
 
     def finish(self, embeddings: None = None) -> None:
-        """Nothing to do after training."""
+        """After training: a CLIP with adapters becomes one without."""
+        self._set_lora(0)
+        self.cfg = replace(self.cfg, lora_rank=0)
+
+    def _set_lora(self, rank: int) -> None:
+        """Merge the adapters that are there, if any; add new ones if ``rank`` is not 0."""
+        if self.adapters is not None:
+            self.model = merge_lora(self.adapters[0])
+        self.adapters = (add_lora(self.model, rank),) if rank else None  # in a tuple: not a module of this one
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """(B, context_length) int64 token ids, see :class:`Tokenizer`."""
@@ -211,6 +229,21 @@ def _layers_above(name: str, depths: dict[str, int]) -> int:
     if name.startswith(("ln_post", "proj", "ln_final", "text_projection", "logit_")):
         return 0
     return depths[tower] + 1
+
+
+@torch.no_grad()
+def interpolate(start: nn.Module, tuned: nn.Module, share: float) -> None:
+    """Make ``tuned`` (1 - share) * start + share * tuned, weight by weight (WiSE-FT; Wortsman et al. 2022).
+
+    Raises :class:`ConfigError` where the two are not of one architecture.
+    """
+    ours, theirs = start.state_dict(), tuned.state_dict()
+    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
+        raise ConfigError(
+            "the two CLIPs are of different architectures; WiSE-FT mixes a CLIP with its own fine-tuned form"
+        )
+    for name, value in theirs.items():
+        value.copy_(torch.lerp(ours[name].float(), value.float(), share))
 
 
 class Attention(nn.Module):
