@@ -1,7 +1,10 @@
+import math
+
 import pytest
 import torch
+from torch.testing import assert_close
 
-from unclip.evaluation.metrics import kid, retrieval
+from unclip.evaluation.metrics import effective_rank, kid, num_components, retrieval, spectrum
 
 
 def test_perfect_and_shifted_pairs() -> None:
@@ -14,7 +17,7 @@ def test_perfect_and_shifted_pairs() -> None:
 
 
 def test_constant_embeddings_find_nothing() -> None:
-    found = retrieval(torch.ones(8, 4), torch.ones(8, 4), list(range(8)))
+    found = retrieval(torch.ones(12, 4), torch.ones(12, 4), list(range(12)))
     assert set(found.values()) == {0.0}
 
 
@@ -61,3 +64,18 @@ def test_kid_is_unbiased_and_grows_with_the_shift():
 def test_kid_refuses_subsets_that_are_too_large():
     with pytest.raises(ValueError, match="subsets of 9 rows"):
         kid(torch.zeros(8, 2), torch.zeros(20, 2), subset_size=9)
+
+
+def test_rank_of_embeddings_with_known_variances():
+    torch.manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    rows = torch.linalg.qr(torch.randn(40, 6, dtype=torch.float64))[0]
+    rows = torch.linalg.qr(rows - rows.mean(0))[0]  # centred columns of length 1
+    rows = rows - rows.mean(0)
+    wanted = torch.tensor([16.0, 4.0, 4.0, 1.0, 0.0, 0.0], dtype=torch.float64)
+    found = spectrum(rows * (40 * wanted).sqrt() @ basis.T + 3)
+    assert_close(found, wanted, atol=1e-6, rtol=1e-6)
+    assert [num_components(found, share) for share in (0.6, 0.7, 0.9, 0.97, 0.99)] == [1, 2, 3, 4, 4]
+    shares = [4 / 9, 2 / 9, 2 / 9, 1 / 9]
+    assert effective_rank(found) == pytest.approx(math.exp(-sum(s * math.log(s) for s in shares)), rel=1e-3)
+    assert effective_rank(torch.ones(5)) == pytest.approx(5)

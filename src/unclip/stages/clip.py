@@ -1,10 +1,10 @@
-"""CLIP: contrastive training; validation by retrieval both ways."""
+"""CLIP: contrastive training; validation by retrieval both ways and by the rank of z_i, which the paper's SAM lowers."""
 
 import torch
 from torch import Tensor
 
 from unclip.data.batch import Batch
-from unclip.evaluation.metrics import retrieval
+from unclip.evaluation.metrics import effective_rank, num_components, retrieval, spectrum
 from unclip.stages.base import Row, Stage
 
 
@@ -55,7 +55,10 @@ class ClipStage(Stage):
         self._captions += batch.caption
 
     def on_validation_epoch_end(self) -> None:
-        found = retrieval(torch.cat(self._image_emb), torch.cat(self._text_emb), self._captions)
+        image_emb, text_emb = torch.cat(self._image_emb), torch.cat(self._text_emb)
+        found = retrieval(image_emb, text_emb, self._captions)
+        variances = spectrum(torch.nn.functional.normalize(image_emb, dim=1))
+        found |= {"effective_rank": effective_rank(variances), "components_for_99": float(num_components(variances))}
         self.log_dict({f"val/{name}": value for name, value in found.items()})
 
     def sheet(self, batch: Batch) -> list[Row]:
