@@ -35,7 +35,17 @@ def run(*arguments: object):
 def test_all_commands_are_known():
     names = {" ".join(path) for path in COMMANDS}
     data = {"data shapes", "data emoji", "data folder", "data check"}
-    assert names == data | {"import clip", "wise-ft", "generate", "verdict", "compare", "measure", "report", "doctor"}
+    assert names == data | {
+        "import clip",
+        "wise-ft",
+        "zero-shot",
+        "generate",
+        "verdict",
+        "compare",
+        "measure",
+        "report",
+        "doctor",
+    }
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)

@@ -1,13 +1,16 @@
 """Fine-tuning a CLIP by the commands: adapters, sharpness-aware steps in parts, resuming, and the way back (WiSE-FT)."""
 
+import io
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tests_support import TINY, run_command
 
 from unclip import artifact
+from unclip.data.shards import ShardWriter
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -54,3 +57,21 @@ def test_wise_ft_mixes_two_artifacts(root: Path):
     _, manifest = artifact.load(root / "mixed", kind="clip")
     hashes = [artifact.read_manifest(root / run).hash for run in ("clip", "lit")]
     assert [manifest.parents["start"], manifest.parents["tuned"]] == hashes
+
+
+def test_zero_shot_reads_classes_by_name_and_number(root: Path):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(buffer, "PNG")
+    for folder, labels in (("good", ["a red cube", 1, "a red cube", 0]), ("bad", ["a bear"])):
+        with ShardWriter(root / folder) as writer:
+            for i, label in enumerate(labels):
+                writer.write(f"{i}", buffer.getvalue(), "", {"label": label})
+    (root / "classes.txt").write_text("a red cube\n\na blue ball\n")
+    given = ["unclip", "zero-shot", "--clip", "clip", "--classes", "classes.txt", "--data"]
+    said = run_command(*given, "good", cwd=root)
+    assert "4 pictures, 2 classes" in said
+    shares = [line for line in said.splitlines() if line.startswith("top_")]
+    assert len(shares) == 1  # 5 of 2 classes would say nothing
+    assert "75.0 %" in shares[0] or "25.0 %" in shares[0]  # equal pictures get one class
+    said = run_command(*given, "bad", cwd=root, code=1)
+    assert "sample 0 has label='a bear' in its metadata, which is none of the classes" in said

@@ -209,6 +209,26 @@ def measure(
     measure_runs(runs, data_path, judge, num=num, seed=seed, batch_size=batch_size)
 
 
+@app.command("zero-shot")
+def zero_shot(
+    clip: Annotated[Path, typer.Option(exists=True, help="Run or artifact of the CLIP.")],
+    split: Annotated[Path, typer.Option("--data", exists=True, help="One split of a data set, such as DATA/val.")],
+    classes: Annotated[Path, typer.Option(exists=True, dir_okay=False, help="File with a class name a line.")],
+    templates: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="File with a caption a line, {} for the class name."),
+    ] = None,
+    label: Annotated[
+        str, typer.Option(help="Field of a sample's metadata that holds its class, by name or number.")
+    ] = "label",
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures encoded at once.")] = 256,
+) -> None:
+    """Zero-shot accuracy of a CLIP: how often a picture is nearest to its own class name."""
+    from unclip.cli.zero_shot import write_accuracy
+
+    write_accuracy(clip, split, classes, templates, label=label, batch_size=batch_size)
+
+
 @app.command()
 def report(
     runs: Annotated[Path, typer.Argument(help="Folder of the runs; report.html and summary.json are written there.")],
