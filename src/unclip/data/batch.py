@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -48,6 +50,20 @@ class Batch:
         size = -(-len(self) // parts)
         return [self._rows(slice(start, start + size)) for start in range(0, len(self), size)]
 
+    @staticmethod
+    def merged(batches: "list[Batch]") -> "Batch":
+        """All rows in the order of their positions; shorter captions are padded with zeros."""
+        order = sorted(range(sum(map(len, batches))), key=[p for batch in batches for p in batch.position].__getitem__)
+        columns: dict[str, Any] = {}
+        for f in fields(Batch):
+            values = [batch.__dict__[f.name] for batch in batches]
+            if isinstance(values[0], list):
+                rows = [row for value in values for row in value]
+                columns[f.name] = [rows[i] for i in order] if rows else []
+            elif values[0] is not None:
+                columns[f.name] = _cat_padded(values)[order]
+        return Batch(**columns)
+
     def _rows(self, rows: slice) -> "Batch":
         return replace(
             self, **{f.name: value[rows] for f in fields(self) if (value := self.__dict__[f.name]) is not None}
@@ -63,6 +79,15 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         columns = {f.name: value for f in fields(self) if isinstance(value := self.__dict__[f.name], Tensor)}
         return replace(self, **{name: function(value) for name, value in columns.items()})
+
+
+def _cat_padded(values: list[Tensor]) -> Tensor:
+    """Tensors that may differ in their second dimension, the length of captions."""
+    if values[0].ndim not in (2, 3):
+        return torch.cat(values)
+    longest = max(value.shape[1] for value in values)
+    below = (0, 0) * (values[0].ndim - 2)
+    return torch.cat([F.pad(value, (*below, 0, longest - value.shape[1])) for value in values])
 
 
 def caption_mask(tokens: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from unclip.config import FREE
 from unclip.data.batch import Batch
 from unclip.data.embeddings import Embeddings, lengths
+from unclip.data.mixture import Mixture
 from unclip.data.order import Order, share
 from unclip.data.pictures import Pictures
 from unclip.data.shards import Shards
@@ -29,8 +30,20 @@ Tokenize = Callable[[list[str]], Tensor]
 
 
 @dataclass
+class SourceConfig:
+    """Another data set to train on, with its weight among all."""
+
+    path: str
+    embeddings: str | None = None
+    weight: float = 1.0
+
+
+@dataclass
 class DataConfig:
     """Where samples come from. ``path`` holds one folder of shards per split, ``embeddings`` what unclip-embed wrote.
+
+    ``others`` are further data sets to train on, each sample drawn from one of them with a probability in proportion
+    to ``weight`` (of the first) and theirs; validation and statistics are those of the first.
 
     ``image_size``: pixels of the square that a stage trains on (null: pictures as they are). ``cache`` keeps decoded
     pictures in memory. ``num_workers`` 0 prepares batches in a thread, which is best on few cores. ``max_val`` samples
@@ -40,6 +53,8 @@ class DataConfig:
 
     path: str = ""
     embeddings: str | None = None
+    weight: float = 1.0
+    others: list[SourceConfig] = field(default_factory=list)
     image_size: int | None = None
     train_split: str = "train"
     neighbours: int = 1
@@ -55,6 +70,8 @@ class DataConfig:
             )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers={self.num_workers} must not be negative")
+        if min(self.weight, *(other.weight for other in self.others), 1.0) <= 0:
+            raise ConfigError("data.weight and the weights of data.others must be positive")
         if self.neighbours < 1:
             raise ConfigError(f"data.neighbours={self.neighbours} must be positive; 1 shuffles single samples")
 
@@ -140,6 +157,7 @@ class UnclipData(pl.LightningDataModule):
         self.rank, self.world_size = 0, 1
         self._start = 0
         self._splits: dict[str, Split] = {}
+        self._others: dict[str, Split] = {}
         self.embeddings = Embeddings(cfg.embeddings, cfg.train_split) if cfg.embeddings else None
 
     @property
@@ -150,9 +168,11 @@ class UnclipData(pl.LightningDataModule):
     @property
     def fingerprint(self) -> str:
         """Hash of the training data: its shards and, where used, its embeddings."""
-        parts = [self.split(self.cfg.train_split).shards.fingerprint]
-        if self.embeddings is not None:
-            parts += [self.embeddings.interface.clip, str(self.embeddings.manifest["data"][self.cfg.train_split])]
+        parts = []
+        for split in self._train_splits():
+            parts.append(split.shards.fingerprint)
+            if split.embeddings is not None:
+                parts += [split.embeddings.interface.clip, str(split.embeddings.manifest["data"][self.cfg.train_split])]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def split(self, name: str) -> Split:
@@ -160,6 +180,23 @@ class UnclipData(pl.LightningDataModule):
         if name not in self._splits:
             self._splits[name] = Split(self.cfg, name, self.needs, self.tokenize)
         return self._splits[name]
+
+    def _train_splits(self) -> list[Split]:
+        """The training split of each data set; ConfigError where their embeddings are of different CLIPs."""
+        splits = [self.split(self.cfg.train_split)]
+        for other in self.cfg.others:
+            if other.path not in self._others:
+                cfg = replace(self.cfg, path=other.path, embeddings=other.embeddings)
+                self._others[other.path] = Split(cfg, self.cfg.train_split, self.needs, self.tokenize)
+            splits.append(self._others[other.path])
+        first, *rest = [split.embeddings.interface if split.embeddings else None for split in splits]
+        for other, interface in zip(self.cfg.others, rest, strict=True):
+            if interface != first:
+                raise ConfigError(
+                    f"the embeddings of data.others {other.path} ({other.embeddings}) are not of the CLIP of "
+                    f"{self.cfg.embeddings}; embed every data set with one CLIP"
+                )
+        return splits
 
     def set_start(self, step: int) -> None:
         """The next ``train_dataloader`` begins with global step ``step``."""
@@ -170,12 +207,13 @@ class UnclipData(pl.LightningDataModule):
             self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
 
     def train_dataloader(self) -> DataLoader:
-        split = self.split(self.cfg.train_split)
-        order = Order(split.shards.shard_sizes, self.seed, neighbours=self.cfg.neighbours)
+        splits = self._train_splits()
+        orders = [Order(split.shards.shard_sizes, self.seed, neighbours=self.cfg.neighbours) for split in splits]
+        mixture = Mixture([self.cfg.weight, *(other.weight for other in self.cfg.others)], self.seed)
         if self.batch_size % self.world_size:
             raise ConfigError(f"trainer.batch_size={self.batch_size} is not a multiple of {self.world_size} ranks")
         place = (self.batch_size, self.rank, self.world_size)
-        return self._loader(Batches(partial(_train_batch, split, order, place), self._start, None))
+        return self._loader(Batches(partial(_train_batch, splits, orders, mixture, place), self._start, None))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Every rank gets a share of the validation samples in the same number of batches; position = sample number."""
@@ -209,10 +247,20 @@ class UnclipData(pl.LightningDataModule):
         )
 
 
-def _train_batch(split: Split, order: Order, place: tuple[int, int, int], step: int) -> Batch:
+def _train_batch(
+    splits: list[Split], orders: list[Order], mixture: Mixture, place: tuple[int, int, int], step: int
+) -> Batch:
     batch_size, rank, world_size = place
     positions = share(step, batch_size, rank, world_size)
-    return split.batch(order.indices(positions.start, len(positions)), positions)
+    if len(splits) == 1:
+        return splits[0].batch(orders[0].indices(positions.start, len(positions)), positions)
+    sources, before = mixture.sources(positions.start, len(positions)), mixture.drawn_before(positions.start)
+    parts = []
+    for number in np.unique(sources):
+        mine = np.flatnonzero(sources == number)
+        indices = orders[number].indices(int(before[number]), len(mine))
+        parts.append(splits[number].batch(indices, [positions[i] for i in mine]))
+    return Batch.merged(parts)
 
 
 def _val_batch(split: Split, samples: list[np.ndarray], step: int) -> Batch:
