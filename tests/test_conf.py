@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from unclip.cli.train import CONF, forced
 from unclip.config import identity, typed
 from unclip.data.embed import EmbedConfig
 from unclip.errors import ConfigError
+from unclip.models.clip import CLIP
 from unclip.train import ClipTrainConfig, DecoderTrainConfig, PriorTrainConfig, UpsamplerTrainConfig
 
 ROOTS = {
@@ -31,7 +33,8 @@ def shipped() -> list[tuple[str, list[str]]]:
     cases: list[tuple[str, list[str]]] = [(root, []) for root in ROOTS]
     for path in sorted(CONF.glob("experiment/*.yaml")):
         stage = next(s for s in STAGE_OF if f"_{s}" in path.stem)
-        cases.append((STAGE_OF[stage], [f"experiment={path.stem}"]))
+        asked = ["data.others=[{path: second}]"] if path.stem == "paper_clip" else []
+        cases.append((STAGE_OF[stage], [f"experiment={path.stem}", *asked]))
     cases += [("train_decoder", [f"logger={path.stem}"]) for path in sorted(CONF.glob("logger/*.yaml"))]
     cases += [("train_decoder", [f"trainer={path.stem}"]) for path in sorted(CONF.glob("trainer/*.yaml"))]
     return cases
@@ -39,7 +42,7 @@ def shipped() -> list[tuple[str, list[str]]]:
 
 def test_every_yaml_is_among_the_cases():
     covered = {f"{root}.yaml" for root in ROOTS} | {"hydra_quiet.yaml"}
-    covered |= {f"{o.replace('=', '/')}.yaml" for _, overrides in shipped() for o in overrides}
+    covered |= {f"{overrides[0].replace('=', '/')}.yaml" for _, overrides in shipped() if overrides}
     covered |= {f"model/{name}.yaml" for name in ("clip", "diffusion_prior", "decoder", "upsampler")}
     assert {str(p.relative_to(CONF)) for p in Path(CONF).rglob("*.yaml")} == covered
 
@@ -48,6 +51,20 @@ def test_every_yaml_is_among_the_cases():
 def test_config_is_valid(root: str, overrides: list[str]):
     cls, needed = ROOTS[root]
     assert isinstance(composed(root, needed + overrides), cls)
+
+
+def test_the_papers_clip_is_vit_h_16_on_two_data_sets_in_equal_parts():
+    given = ["run=r", "data.path=first", "experiment=paper_clip"]
+    with pytest.raises(ConfigError, match=r"data\.others is not set"):
+        composed("train_clip", given)
+    cfg = composed("train_clip", [*given, "data.others=[{path: second}]"])
+    assert [(other.path, other.weight) for other in cfg.data.others] == [("second", cfg.data.weight)]
+    with torch.device("meta"):
+        clip = CLIP(cfg.model)
+    blocks = clip.model.visual.transformer.resblocks
+    assert (len(blocks), clip.model.visual.conv1.weight.shape) == (32, (1280, 3, 16, 16))
+    assert (clip.image_size, clip.interface().embed_dim, clip.interface().text_width) == (256, 1024, 1024)
+    assert 0.9e9 < sum(p.numel() for p in clip.parameters()) < 1.1e9
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
@@ -92,3 +109,8 @@ def test_identity_leaves_out_what_may_change():
 def test_a_misspelt_key_is_named_before_the_one_it_leaves_unset():
     with pytest.raises(ConfigError, match=r"unknown option 'data\.pth'; did you mean 'path'"):
         composed("train_prior", ["run=r", "data.pth=d"])
+
+
+def test_sam_is_refused_where_gradients_are_sharded():
+    with pytest.raises(ConfigError, match=r"take trainer\.strategy=ddp, or optim\.sam_rho=0"):
+        composed("train_clip", ["run=r", "data.path=d", "optim.sam_rho=0.1", "trainer.strategy=fsdp"])

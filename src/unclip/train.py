@@ -44,6 +44,13 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
+    def __post_init__(self) -> None:
+        if self.optim.sam_rho and "fsdp" in self.trainer.strategy:
+            raise ConfigError(
+                f"optim.sam_rho with trainer.strategy={self.trainer.strategy}: each rank climbs by its own whole gradient, "
+                "which sharded training never has; take trainer.strategy=ddp, or optim.sam_rho=0"
+            )
+
 
 @dataclass
 class ClipTrainConfig(TrainConfig):

@@ -25,6 +25,7 @@ MODES = {
     "sigmoid cached": (Contrast.sigmoid, 2, 0.0),
     "sam": (Contrast.softmax, 1, 0.1),
     "sam cached": (Contrast.softmax, 2, 0.1),
+    "sam sigmoid": (Contrast.sigmoid, 1, 0.1),
 }
 
 
