@@ -20,8 +20,7 @@ train_prior_and_judge() { # the judge is another CLIP, which looks at the drawn 
 run unclip data emoji --out "$runs/data" --sizes 64
 run_beside train_upsampler \
   train-clip run="$runs/clip" data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.18)"
-run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$data" precision=bf16 \
-  "columns=[image_emb,text_emb,tokens]"
+run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$data" precision=bf16
 run_beside train_prior_and_judge \
   train-decoder run="$runs/decoder" "${embedded[@]}" experiment=emoji_decoder trainer.max_minutes="$(share 0.82)"
 run unclip compare --from "$runs" --data "$data/test_styles" --out "$runs/test_styles.png" --num 40
