@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unclip.config import from_plain
 from unclip.data.batch import Batch
 from unclip.data.datamodule import DataConfig, SourceConfig, UnclipData
 from unclip.data.mixture import PERIOD, Mixture
@@ -88,6 +89,7 @@ def test_merged_rows_stand_by_position_and_captions_are_padded() -> None:
     assert found.image is None
 
 
-def test_weights_in_settings_are_checked() -> None:
-    with pytest.raises(ConfigError, match=r"data\.others must be positive"):
-        DataConfig("a", others=[SourceConfig("b", weight=-1)])
+@pytest.mark.parametrize("weight", [-1, 1e-6])
+def test_weights_in_settings_are_checked(weight: float) -> None:
+    with pytest.raises(ConfigError, match=r"^weight|^a weight"):
+        from_plain({"path": "a", "others": [{"path": "b", "weight": weight}]}, DataConfig)

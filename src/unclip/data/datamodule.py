@@ -70,10 +70,14 @@ class DataConfig:
             )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers={self.num_workers} must not be negative")
-        if min(self.weight, *(other.weight for other in self.others), 1.0) <= 0:
-            raise ConfigError("data.weight and the weights of data.others must be positive")
+        Mixture(self.weights, seed=0)  # refuses useless weights before anything is read
         if self.neighbours < 1:
             raise ConfigError(f"data.neighbours={self.neighbours} must be positive; 1 shuffles single samples")
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the first data set and of the others."""
+        return [self.weight, *(other.weight for other in self.others)]
 
 
 class Split:
@@ -209,7 +213,7 @@ class UnclipData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         splits = self._train_splits()
         orders = [Order(split.shards.shard_sizes, self.seed, neighbours=self.cfg.neighbours) for split in splits]
-        mixture = Mixture([self.cfg.weight, *(other.weight for other in self.cfg.others)], self.seed)
+        mixture = Mixture(self.cfg.weights, self.seed)
         if self.batch_size % self.world_size:
             raise ConfigError(f"trainer.batch_size={self.batch_size} is not a multiple of {self.world_size} ranks")
         place = (self.batch_size, self.rank, self.world_size)

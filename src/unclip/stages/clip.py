@@ -1,8 +1,11 @@
 """CLIP: contrastive training; validation by retrieval both ways and by the rank of z_i, which the paper's SAM lowers."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from unclip.config import OptimConfig, TrainerConfig
 from unclip.data.batch import Batch
 from unclip.evaluation.metrics import effective_rank, num_components, retrieval, spectrum
 from unclip.stages.base import Row, Stage
@@ -10,6 +13,10 @@ from unclip.stages.base import Row, Stage
 
 class ClipStage(Stage):
     columns = ("caption's picture", "1st found", "2nd", "3rd", "4th")
+
+    def __init__(self, model: Any, trainer_cfg: TrainerConfig, optim_cfg: OptimConfig, seed: int) -> None:
+        super().__init__(model, trainer_cfg, optim_cfg, seed)
+        self._encode = torch.compile(model.features) if trainer_cfg.compile else model.features
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """In parts, with the loss of the whole batch: its gradient on each embedding is passed on part by part.
@@ -41,7 +48,7 @@ class ClipStage(Stage):
 
     def _features(self, i: int, part: Batch) -> tuple[Tensor, Tensor]:
         self.seed_dropout(i)
-        return self.model.features(part)
+        return self._encode(part)
 
     def start_validation(self) -> None:
         self._image_emb: list[Tensor] = []
