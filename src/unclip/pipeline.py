@@ -14,7 +14,7 @@ from unclip.artifact import Manifest
 from unclip.config import Precision
 from unclip.diffusion.noise import Noise
 from unclip.errors import ArtifactError
-from unclip.models.sampling import DiffusionSampling, PriorSampling
+from unclip.models.sampling import DiffusionSampling, PriorSampling, UpsamplerSampling
 from unclip.nets.layers import Cond
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ class Sampling:
 
     prior: PriorSampling | None = None
     decoder: DiffusionSampling | None = None
-    upsampler: DiffusionSampling | None = None
+    upsampler: UpsamplerSampling | None = None
 
 
 @dataclass

@@ -13,12 +13,12 @@ from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.models.interface import Interface
 from unclip.models.pictures import blur, crop, resize, to_range
-from unclip.models.sampling import DiffusionSampling
+from unclip.models.sampling import UpsamplerSampling
 from unclip.models.upsampler import Upsampler, UpsamplerConfig
 from unclip.nets.unet import UNetConfig
 
 NET = UNetConfig(channels=[8, 16], num_blocks=1, groups=8, scale_shift=False)
-DDIM = DiffusionSampling(SamplerConfig(Sampler.ddim, 3))
+DDIM = UpsamplerSampling(SamplerConfig(Sampler.ddim, 3))
 
 
 def make(net: UNetConfig = NET, **options) -> Upsampler:
@@ -39,8 +39,8 @@ def smooth_batch(size: int = 7, pixels: int = 32) -> Batch:
 
 
 class Recorder(nn.Module):
-    def prepare(self, cond, keep):
-        self.low = cond
+    def prepare(self, low, noise_level):
+        self.low, self.noise_level = low, noise_level
         return self
 
     def first(self, n):
@@ -101,8 +101,24 @@ def test_blur_is_drawn_per_sample_at_the_set_rate():
     batch_size = 2000
     low = torch.zeros(batch_size, 3, 4, 4)
     low[:, :, 1, 1] = 1
-    blurred = model._corrupted(low, Noise(range(batch_size)))[:, 0, 1, 1] < 1
+    blurred = model._blurred(low, Noise(range(batch_size)))[:, 0, 1, 1] < 1
     assert_close(blurred.float().mean(), torch.tensor(0.3), atol=0.04, rtol=0)
+
+
+def test_the_net_is_told_how_much_noise_its_low_resolution_picture_has():
+    model = make(max_noise=0.5, blur_prob=0.0, low_size=32, crop_fraction=1.0)
+    model.net = Recorder()
+    grey = Batch(position=list(range(400)), image=torch.full((400, 3, 32, 32), 128, dtype=torch.uint8))
+    model.diffusion.losses = lambda net, x0, context, noise: {}
+    model.losses(grey, Noise.at(0, grey.position))
+    level = model.net.noise_level
+    assert_close(model.net.low.flatten(1).std(dim=1), level, atol=0.03, rtol=0)
+    assert_close(level.mean(), torch.tensor(0.25), atol=0.03, rtol=0)
+    assert 0 <= level.min() < 0.01
+    assert 0.49 < level.max() <= 0.5
+    model.sample(torch.zeros(7, 3, 32, 32), replace(DDIM, noise_level=0.2), Noise(range(7)))
+    assert_close(model.net.low.std(), torch.tensor(0.2), atol=0.01, rtol=0)
+    assert torch.equal(model.net.noise_level, torch.full((7,), 0.2))
 
 
 @pytest.mark.parametrize("patch", [1, 2])
@@ -151,6 +167,12 @@ def test_refused_settings():
         UpsamplerConfig(low_size=60)
     with pytest.raises(ValueError, match="the training crop is 10 pixels"):
         UpsamplerConfig(low_size=10, image_size=40, net=UNetConfig([32, 32, 32]))
+    with pytest.raises(ValueError, match="raise max_noise or lower the level"):
+        UpsamplerConfig(max_noise=0.1, sampling=replace(DDIM, noise_level=0.2))
+    with pytest.raises(ValueError, match=r"above 0\.0, the training's max_noise"):
+        make().sample(torch.zeros(1, 3, 8, 8), replace(DDIM, noise_level=0.1), Noise([0]))
+    with pytest.raises(ValueError, match="a standard deviation"):
+        replace(DDIM, noise_level=-0.1)
     model = make()
     with pytest.raises(ValueError, match="nothing to guide by"):
         model.sample(torch.zeros(1, 3, 8, 8), replace(DDIM, guidance=Guidance(2.0)), Noise([0]))

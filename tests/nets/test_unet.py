@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from unclip.nets.conditioned import ConditioningConfig, DecoderNet, DecoderText, UpsamplerNet
+from unclip.nets.conditioned import NOISE_LEVELS, ConditioningConfig, DecoderNet, DecoderText, UpsamplerNet
 from unclip.nets.layers import ClipWidths, Cond, Keep, Null
 from unclip.nets.transformer import TextTransformerConfig
 from unclip.nets.unet import UNet, UNetConfig, UNetContext
@@ -47,9 +47,10 @@ def assert_same_gradients(net: nn.Module, reference: nn.Module) -> None:
     wanted = {name: parameter.grad for name, parameter in reference.named_parameters()}
     for name, parameter in net.named_parameters():
         assert parameter.grad is not None, name
-        scale = wanted[name].abs().max()
+        theirs = wanted[name if name in wanted else name.removeprefix("unet.")]  # our net holds diffusers' as ``unet``
+        scale = theirs.abs().max()
         assert scale > 0, name
-        assert (parameter.grad - wanted[name]).abs().max() / scale < 1e-4, name
+        assert (parameter.grad - theirs).abs().max() / scale < 1e-4, name
 
 
 def test_equals_diffusers_decoder_forward_and_backward():
@@ -103,7 +104,8 @@ def test_equals_diffusers_decoder_forward_and_backward():
     assert_same_gradients(net, reference)
 
 
-def test_equals_diffusers_upsampler_forward_and_backward():
+@pytest.mark.parametrize("noised", [False, True])
+def test_equals_diffusers_upsampler_forward_and_backward(noised: bool):
     diffusers = pytest.importorskip("diffusers")
     reference = diffusers.UNet2DModel(
         sample_size=16,
@@ -115,20 +117,24 @@ def test_equals_diffusers_upsampler_forward_and_backward():
         down_block_types=("ResnetDownsampleBlock2D",) * 2,
         up_block_types=("ResnetUpsampleBlock2D",) * 2,
         block_out_channels=(16, 32),
+        class_embed_type="timestep" if noised else None,
     )
     torch.manual_seed(0)
     randomise(reference)
-    net = UpsamplerNet(UNetConfig(channels=[16, 32], num_blocks=1, groups=8, scale_shift=False))
-    net.unet.load_state_dict(reference.state_dict())
+    net = UpsamplerNet(UNetConfig(channels=[16, 32], num_blocks=1, groups=8, scale_shift=False), 3, noised)
+    weights = reference.state_dict()
+    net.load_state_dict({k if k.startswith("class_embedding") else f"unet.{k}": v for k, v in weights.items()})
     x_t, low, timestep = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.tensor([10, 900])
-    out = net(x_t, timestep, net.prepare(low, Keep()))
-    wanted = reference(torch.cat((x_t, low), dim=1), timestep).sample
+    level = torch.tensor([0.0, 0.3])
+    out = net(x_t, timestep, net.prepare(low, level))
+    labels = NOISE_LEVELS * level if noised else None
+    wanted = reference(torch.cat((x_t, low), dim=1), timestep, class_labels=labels).sample
     assert wanted.std() > 0.1
     assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     target = torch.randn_like(out)
     (out * target).mean().backward()
     (wanted * target).mean().backward()
-    assert_same_gradients(net.unet, reference)
+    assert_same_gradients(net, reference)
 
 
 @pytest.mark.parametrize("text", [DecoderText.clip_states, DecoderText.transformer, DecoderText.tokens])

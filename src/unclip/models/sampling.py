@@ -23,3 +23,14 @@ class PriorSampling(DiffusionSampling):
     def __post_init__(self) -> None:
         if self.num_candidates < 1:
             raise ValueError(f"num_candidates is {self.num_candidates}; it must be at least 1")
+
+
+@dataclass
+class UpsamplerSampling(DiffusionSampling):
+    """``noise_level``: deviation of the noise that covers the base's faults; for upsamplers trained with noise."""
+
+    noise_level: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.noise_level < 0:
+            raise ValueError(f"noise_level is {self.noise_level}, a standard deviation; 0 adds no noise")

@@ -13,9 +13,8 @@ from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import Sampler, SamplerConfig, sample
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import blur, crop, resize, training_pictures
-from unclip.models.sampling import DiffusionSampling
+from unclip.models.sampling import UpsamplerSampling
 from unclip.nets.conditioned import UpsamplerNet
-from unclip.nets.layers import Keep
 from unclip.nets.unet import UNetConfig
 
 
@@ -24,19 +23,22 @@ class UpsamplerConfig(ModelConfig):
     """From ``low_size`` to ``image_size`` pixels. Trains on crops of ``crop_fraction`` of the side, runs on the whole.
 
     The low-resolution picture is blurred (Gaussian, 3x3, ``blur_sigma``) with probability ``blur_prob`` in training.
-    The paper gives no probability; ours is CDM's 0.5.
+    The paper gives no probability; ours is CDM's 0.5. ``max_noise`` > 0 also adds Gaussian noise of a deviation between 0
+    and it, which the net is told (noise-conditioning augmentation, Ho et al. 2022, sec. 4.2; not in the paper). Sampling with
+    ``sampling.noise_level`` then has the upsampler draw anew what is smaller than such noise.
     """
 
     low_size: int = 64
     image_size: int = 256
     net: UNetConfig = field(default_factory=lambda: UNetConfig(scale_shift=False))
     diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(clip_range=1.0))
-    sampling: DiffusionSampling = field(
-        default_factory=lambda: DiffusionSampling(SamplerConfig(name=Sampler.ddim, num_steps=27))
+    sampling: UpsamplerSampling = field(
+        default_factory=lambda: UpsamplerSampling(SamplerConfig(name=Sampler.ddim, num_steps=27))
     )
     crop_fraction: float = 0.25
     blur_sigma: float = 0.6
     blur_prob: float = 0.5
+    max_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.net.attention_levels:
@@ -47,6 +49,11 @@ class UpsamplerConfig(ModelConfig):
             raise ValueError(f"image_size={self.image_size} is not a multiple of low_size={self.low_size}")
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction is {self.crop_fraction}; it must lie in (0, 1]")
+        if not 0 <= self.sampling.noise_level <= self.max_noise:
+            raise ValueError(
+                f"sampling.noise_level is {self.sampling.noise_level}, but training knows noise up to "
+                f"max_noise={self.max_noise}: raise max_noise or lower the level"
+            )
         for name, size in (("image_size", self.image_size), ("the training crop", self.crop_size)):
             if size < 1 or size % self.net.stride:
                 raise ValueError(f"{name} is {size} pixels, not a multiple of {self.net.stride}, the net's stride")
@@ -67,7 +74,8 @@ class Upsampler(nn.Module):
         super().__init__()
         self.cfg, self.interface = cfg, interface
         self.diffusion = GaussianDiffusion(cfg.diffusion)
-        self.net = UpsamplerNet(cfg.net, out_channels=6 if cfg.diffusion.learned_variance else 3)
+        out_channels = 6 if cfg.diffusion.learned_variance else 3
+        self.net = UpsamplerNet(cfg.net, out_channels, noise_conditioning=cfg.max_noise > 0)
 
     def fit(self, embeddings: Any) -> None:
         """Nothing to gather before training."""
@@ -75,7 +83,7 @@ class Upsampler(nn.Module):
     def finish(self, embeddings: Any) -> None:
         """Nothing to gather after training."""
 
-    def default_sampling(self) -> DiffusionSampling:
+    def default_sampling(self) -> UpsamplerSampling:
         return self.cfg.sampling
 
     def low_resolution(self, image: Tensor | None) -> Tensor:
@@ -85,15 +93,16 @@ class Upsampler(nn.Module):
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """Scalars whose sum is the loss, on one random crop of each picture."""
         pictures = training_pictures(batch.image, self.cfg.image_size)
-        low = self._corrupted(resize(pictures, self.cfg.low_size), noise)
+        level = self.cfg.max_noise * noise.uniform((), "noise level")
+        low = self._noised(self._blurred(resize(pictures, self.cfg.low_size), noise), level, noise)
         # resized as a whole, then cropped: a crop's borders look as they do at full size
         low = resize(low, self.cfg.image_size)
         top, left = self._corner(noise)
         pictures, low = (crop(image, top, left, self.cfg.crop_size) for image in (pictures, low))
-        return self.diffusion.losses(self.net, pictures, self.net.prepare(low, Keep()), noise)
+        return self.diffusion.losses(self.net, pictures, self.net.prepare(low, level), noise)
 
     @torch.no_grad()
-    def sample(self, low: Tensor, how: DiffusionSampling, noise: Noise, x_T: Tensor | None = None) -> Tensor:
+    def sample(self, low: Tensor, how: UpsamplerSampling, noise: Noise, x_T: Tensor | None = None) -> Tensor:
         """low (B, 3, low_size, low_size) in [-1, 1] to (B, 3, image_size, image_size) in [-1, 1]."""
         if how.guidance.scale != 1.0:
             raise ValueError("an upsampler has nothing to guide by: set its guidance.scale=1")
@@ -101,12 +110,21 @@ class Upsampler(nn.Module):
             raise ValueError(
                 f"the upsampler takes {self.cfg.low_size} pixels a side, the picture has {tuple(low.shape[-2:])}"
             )
-        context = self.net.prepare(resize(low.float(), self.cfg.image_size), Keep())
+        if how.noise_level > self.cfg.max_noise:
+            raise ValueError(f"noise_level {how.noise_level} is above {self.cfg.max_noise}, the training's max_noise")
+        level = torch.full((len(low),), how.noise_level, device=low.device)
+        low = self._noised(low.float(), level, noise)
+        context = self.net.prepare(resize(low, self.cfg.image_size), level)
         shape = (3, self.cfg.image_size, self.cfg.image_size)
         denoiser = self.diffusion.denoiser(self.net, context, shape=shape, num_steps=how.sampler.num_steps)
         return sample(how.sampler, denoiser, noise, x_T=x_T).clamp(-1, 1)
 
-    def _corrupted(self, low: Tensor, noise: Noise) -> Tensor:
+    def _noised(self, low: Tensor, level: Tensor, noise: Noise) -> Tensor:
+        if not self.cfg.max_noise:
+            return low
+        return low + level[:, None, None, None] * noise.normal(tuple(low.shape[1:]), "low noise")
+
+    def _blurred(self, low: Tensor, noise: Noise) -> Tensor:
         blurred = noise.uniform((), "blur") < self.cfg.blur_prob
         return torch.where(blurred[:, None, None, None], blur(low, self.cfg.blur_sigma), low)
 

@@ -6,9 +6,11 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from unclip.nets.layers import ClipWidths, Cond, Keep, Null, keep_rows
+from unclip.nets.layers import ClipWidths, Cond, Keep, Null, TimestepEmbedding, keep_rows
 from unclip.nets.transformer import TextTransformer, TextTransformerConfig
 from unclip.nets.unet import UNet, UNetConfig, UNetContext
+
+NOISE_LEVELS = 1000  # a level of 1 meets the sinusoids as timestep 1000 does
 
 
 class DecoderText(Enum):
@@ -177,25 +179,38 @@ class DecoderNet(nn.Module):
 
 @dataclass
 class UpsamplerContext:
-    """The low-resolution picture, resized to the target size: (B, 3, S, S) in [-1, 1]."""
+    """The low-resolution picture, resized to the target size, and what its noise level adds to the timestep embedding.
+
+    low (B, 3, S, S) in [-1, 1]; emb (B, time_dim), None without noise conditioning.
+    """
 
     low: Tensor
+    emb: Tensor | None = None
 
     def first(self, n: int) -> "UpsamplerContext":
-        return UpsamplerContext(self.low[:n])
+        return UpsamplerContext(self.low[:n], None if self.emb is None else self.emb[:n])
 
 
 class UpsamplerNet(nn.Module):
-    """The upsampler's network: the resized low-resolution picture joins the noised one on the channels."""
+    """The upsampler's network: the resized low-resolution picture joins the noised one on the channels.
 
-    def __init__(self, cfg: UNetConfig, out_channels: int = 3):
+    ``noise_conditioning`` adds an embedding of the low-resolution picture's noise level to that of the timestep, under
+    diffusers' name ``class_embedding`` (UNet2DModel with ``class_embed_type="timestep"``).
+    """
+
+    def __init__(self, cfg: UNetConfig, out_channels: int = 3, noise_conditioning: bool = False):
         super().__init__()
         self.unet = UNet(cfg, 6, out_channels)
+        self.class_embedding = TimestepEmbedding(cfg.channels[0], cfg.time_dim) if noise_conditioning else None
 
-    def prepare(self, cond: Tensor, keep: Keep) -> UpsamplerContext:
-        """``cond`` is the resized low-resolution picture; it is never dropped (paper §2.3: no guidance)."""
-        return UpsamplerContext(cond)
+    def prepare(self, low: Tensor, noise_level: Tensor | None = None) -> UpsamplerContext:
+        """``low`` (B, 3, S, S) is never dropped (paper §2.1: no guidance); ``noise_level`` (B,), its noise's deviation."""
+        if self.class_embedding is None:
+            return UpsamplerContext(low)
+        if noise_level is None:
+            raise ValueError("an upsampler with noise conditioning needs the level of each picture's noise")
+        return UpsamplerContext(low, self.class_embedding(NOISE_LEVELS * noise_level))
 
     def forward(self, x_t: Tensor, timestep: Tensor, context: UpsamplerContext) -> Tensor:
         """x_t (B, 3, S, S), timestep (B,); returns (B, out_channels, S, S)."""
-        return self.unet(torch.cat((x_t, context.low), dim=1), timestep, UNetContext())
+        return self.unet(torch.cat((x_t, context.low), dim=1), timestep, UNetContext(context.emb))
