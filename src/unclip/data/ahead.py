@@ -27,14 +27,15 @@ class Batches(IterableDataset):
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         if worker is None:
-            return prefetched(self._batches(0, 1), PREFETCH)
-        return self._batches(worker.id, worker.num_workers)
+            return prefetched(self.of_worker(0, 1), PREFETCH)
+        return self.of_worker(worker.id, worker.num_workers)
 
-    def _batches(self, first: int, stride: int) -> Iterator[Batch]:
-        step = self.start + first
+    def of_worker(self, number: int, workers: int) -> Iterator[Batch]:
+        """The batches that one of several workers makes."""
+        step = self.start + number
         while self.stop is None or step < self.stop:
             yield self.make(step)
-            step += stride
+            step += workers
 
 
 def prefetched(batches: Iterator[T], depth: int) -> Iterator[T]:
