@@ -101,11 +101,10 @@ class Remote:
             system.invalidate_cache()
             try:
                 return system.info(url)
-            except FileNotFoundError as error:  # over http, also a refused connection looks so
-                cause = error.__cause__
-                if cause is None or isinstance(cause, FileNotFoundError) or not isinstance(cause, _failures()):
-                    raise
-                raise cause from None
+            except FileNotFoundError as error:  # over http, every failure looks so
+                if isinstance(error.__cause__, _failures()) and not _is_missing(error.__cause__):
+                    raise error.__cause__ from None
+                raise
 
         info = self._patiently(url, ask)
         if info["size"] is None:
@@ -135,7 +134,7 @@ class Remote:
                 return ask(system)
             except _failures() as error:
                 said = f"{type(error).__name__}: {error}".rstrip(": ")
-                if isinstance(error, FileNotFoundError):
+                if _is_missing(error):
                     raise MissingError(f"there is no {url}; fetch or upload it again") from error
                 if _is_refusal(error):
                     raise DataError(
@@ -212,6 +211,14 @@ def _failures() -> tuple[type[Exception], ...]:
     except ImportError:
         return found
     return (*found, BotoCoreError, ClientError)
+
+
+def _is_missing(error: BaseException) -> bool:
+    import aiohttp
+
+    return isinstance(error, FileNotFoundError) or (
+        isinstance(error, aiohttp.ClientResponseError) and error.status in (404, 410)
+    )
 
 
 def _is_refusal(error: Exception) -> bool:

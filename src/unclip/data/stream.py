@@ -90,13 +90,28 @@ class Stream:
 def samples_of(location: str, remote: Remote) -> Iterator[Sample]:
     """The samples of one shard in its order; members without picture or caption are left out, with a line in the log."""
     with _opened(location, remote) as file:
+        whole = _Whole(file)
         try:
-            with tarfile.open(fileobj=file, mode="r|") as tar:
+            with tarfile.open(fileobj=whole, mode="r|") as tar:  # type: ignore[call-overload]
                 yield from _grouped(tar, location)
+            while whole.read(1 << 16):  # what stands behind the archive's end, so that a command can end by itself
+                pass
+            if any(whole.tail) or not whole.tail:
+                raise EOFError("its end is missing")
         except (tarfile.TarError, EOFError) as error:
             raise DataError(f"{location} is not a complete tar file ({error}); fetch or make it again") from error
-        while file.read(1 << 16):  # what stands behind the archive's end, so that a command can end by itself
-            pass
+
+
+class _Whole:
+    """A stream that remembers its last block: zeros, unless the archive was cut, which tarfile may take for its end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.tail = file, b""
+
+    def read(self, size: int) -> bytes:
+        content = self._file.read(size)
+        self.tail = (self.tail + content)[-tarfile.BLOCKSIZE :]
+        return content
 
 
 def _opened(location: str, remote: Remote) -> BinaryIO:
