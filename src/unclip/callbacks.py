@@ -84,7 +84,8 @@ class Metrics(pl.Callback):
         if trainer.global_step % pl_module.trainer_cfg.log_every:
             return
         pl_module.check_finite()
-        values = pl_module.averages()
+        data: UnclipData = trainer.datamodule  # type: ignore[attr-defined]
+        values = {**pl_module.averages(), **data.counts()}
         now = time.monotonic()
         values["train/samples_per_second"] = self._count * pl_module.trainer_cfg.batch_size / (now - self._clock)
         values["train/lr"] = pl_module.adamw.param_groups[0]["lr"]

@@ -173,7 +173,10 @@ def _value(value: Any, hint: Any, name: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        (hint,) = [a for a in args if a is not type(None)]
+        wanted = isinstance(value, list)  # str | list[str]: one or several
+        hint, *_ = sorted(
+            (a for a in args if a is not type(None)), key=lambda a: (typing.get_origin(a) is list) != wanted
+        )
         return _value(value, hint, name)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, dict):

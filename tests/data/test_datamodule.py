@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from unclip.data.ahead import prefetched
 from unclip.data.batch import Batch, caption_mask
-from unclip.data.datamodule import DataConfig, UnclipData, prefetched
+from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.data.embeddings import EmbeddingsWriter
 from unclip.data.order import Order
 from unclip.data.pictures import Pictures

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from unclip.config import from_plain
 from unclip.data.batch import Batch
-from unclip.data.datamodule import DataConfig, SourceConfig, UnclipData
+from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.data.mixture import PERIOD, Mixture
 from unclip.data.order import Order
+from unclip.data.settings import SourceConfig
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError
 

@@ -16,11 +16,13 @@ class Batch:
     ``image`` (B, 3, H, W) uint8; ``tokens`` (B, L) int64, zero after the end-of-text token, cut to the batch's longest
     caption; ``image_emb`` and ``text_emb`` (B, D) float32, the raw outputs of CLIP (not unit-norm); ``text_seq``
     (B, L, W), the caption's token states; ``position``: the place in the endless stream, the seed of a sample's noise.
+    ``replaced``: the key of the damaged sample whose place another one took, else "".
     """
 
     key: list[str] = field(default_factory=list)
     position: list[int] = field(default_factory=list)
     caption: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
     image: Tensor | None = None
     tokens: Tensor | None = None
     image_emb: Tensor | None = None

@@ -1,83 +1,37 @@
 """Batches for global steps, in the one order that every device and every resumed run agrees on."""
 
 import hashlib
-import queue
-import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+import json
+import logging
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from unclip.config import FREE
+from unclip.data.ahead import PREFETCH, Batches
 from unclip.data.batch import Batch
 from unclip.data.embeddings import Embeddings, lengths
 from unclip.data.mixture import Mixture
 from unclip.data.order import Order, share
 from unclip.data.pictures import Pictures
+from unclip.data.places import is_remote, is_stream_only
+from unclip.data.remote import MissingError
+from unclip.data.settings import DataConfig
 from unclip.data.shards import Shards
+from unclip.data.stream import Decode, Decoded, DecodeItem, Encoded, Stream, taken
 from unclip.errors import ConfigError, DataError
 from unclip.models.interface import Interface
 
+log = logging.getLogger(__name__)
 COLUMNS = ("image", "tokens", "image_emb", "text_emb", "text_seq")
-PREFETCH = 2  # batches made ahead by the background thread, or by each worker
+FEWEST_READ = 1000  # samples, before which a few damaged ones are no share yet
 Tokenize = Callable[[list[str]], Tensor]
-
-
-@dataclass
-class SourceConfig:
-    """Another data set to train on, with its weight among all."""
-
-    path: str
-    embeddings: str | None = None
-    weight: float = 1.0
-
-
-@dataclass
-class DataConfig:
-    """Where samples come from. ``path`` holds one folder of shards per split, ``embeddings`` what unclip-embed wrote.
-
-    ``others`` are further data sets to train on, each sample drawn from one of them with a probability in proportion
-    to ``weight`` (of the first) and theirs; validation and statistics are those of the first.
-
-    ``image_size``: pixels of the square that a stage trains on (null: pictures as they are). ``cache`` keeps decoded
-    pictures in memory. ``num_workers`` 0 prepares batches in a thread, which is best on few cores. ``max_val`` samples
-    of validation, spread evenly over the split; ``val_split`` null switches validation off. ``neighbours`` samples that
-    stand side by side in a shard stay together in the shuffle: hard negatives for CLIP where the data is written so.
-    """
-
-    path: str = ""
-    embeddings: str | None = None
-    weight: float = 1.0
-    others: list[SourceConfig] = field(default_factory=list)
-    image_size: int | None = None
-    train_split: str = "train"
-    neighbours: int = 1
-    val_split: str | None = field(default="val", metadata=FREE)
-    max_val: int = field(default=1024, metadata=FREE)
-    num_workers: int = field(default=0, metadata=FREE)
-    cache: bool = field(default=False, metadata=FREE)
-
-    def __post_init__(self) -> None:
-        if self.max_val < 1:
-            raise ConfigError(
-                f"data.max_val={self.max_val} must be positive; data.val_split=null switches validation off"
-            )
-        if self.num_workers < 0:
-            raise ConfigError(f"data.num_workers={self.num_workers} must not be negative")
-        Mixture(self.weights, seed=0)  # refuses useless weights before anything is read
-        if self.neighbours < 1:
-            raise ConfigError(f"data.neighbours={self.neighbours} must be positive; 1 shuffles single samples")
-
-    @property
-    def weights(self) -> list[float]:
-        """Of the first data set and of the others."""
-        return [self.weight, *(other.weight for other in self.others)]
 
 
 class Split:
@@ -87,7 +41,7 @@ class Split:
     """
 
     def __init__(self, cfg: DataConfig, split: str, needs: Collection[str], tokenize: Tokenize | None) -> None:
-        self.shards = Shards(Path(cfg.path) / split)
+        self.shards = Shards(cfg.place(split), cfg.remote)
         self.embeddings = Embeddings(cfg.embeddings, split) if cfg.embeddings else None
         self.needs, self.tokenize = tuple(needs), tokenize
         if self.embeddings is not None:
@@ -100,7 +54,9 @@ class Split:
         """The samples ``indices`` as a batch; only what the stage needs is read."""
         batch = Batch(position=list(positions))
         if self.pictures is not None:
-            batch.image, indices = self.pictures.batch(indices)
+            batch.image, used = self.pictures.batch(indices)
+            batch.replaced = ["" if i == j else self.shards.keys[i] for i, j in zip(indices, used, strict=True)]
+            indices = used
         samples = indices.tolist()
         batch.key = [self.shards.keys[i] for i in samples]
         batch.caption = [self.shards.caption(i) for i in samples]
@@ -163,6 +119,9 @@ class UnclipData(pl.LightningDataModule):
         self._splits: dict[str, Split] = {}
         self._others: dict[str, Split] = {}
         self.embeddings = Embeddings(cfg.embeddings, cfg.train_split) if cfg.embeddings else None
+        self.num_read, self.num_replaced = 0, 0  # samples that arrived in this process, and those that others replaced
+        self._damaged: list[str] = []
+        self._before = [0, 0]  # read and replaced by all ranks when the run was resumed
 
     @property
     def interface(self) -> Interface:
@@ -172,12 +131,40 @@ class UnclipData(pl.LightningDataModule):
     @property
     def fingerprint(self) -> str:
         """Hash of the training data: its shards and, where used, its embeddings."""
+        if self.streamed is not None:
+            return hashlib.sha256(json.dumps(self.streamed).encode()).hexdigest()
         parts = []
         for split in self._train_splits():
             parts.append(split.shards.fingerprint)
             if split.embeddings is not None:
                 parts += [split.embeddings.interface.clip, str(split.embeddings.manifest["data"][self.cfg.train_split])]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+    @cached_property
+    def streamed(self) -> list[str] | None:
+        """The shards of the training split where they are read as a stream; None where they have an index."""
+        place = self.cfg.place(self.cfg.train_split)
+        if isinstance(place, str):
+            return None
+        if not is_stream_only(place):
+            try:
+                self.split(self.cfg.train_split)
+                return None
+            except MissingError as error:
+                if not is_remote(place):
+                    raise
+                log.info("streaming: %s. A stream resumes on the same number of ranks only", error)
+        alone = {"data.embeddings": self.cfg.embeddings, "data.others": self.cfg.others, "data.cache": self.cfg.cache}
+        alone["data.neighbours"] = self.cfg.neighbours > 1
+        if used := [name for name, value in alone.items() if value]:
+            raise ConfigError(f"{used[0]} needs shards with an index, but {place[0]} is read as a stream")
+        wanted = set(self.needs) - {"image", "text_seq"} - ({"tokens"} if self.tokenize else set())
+        if wanted:
+            raise ConfigError(
+                f"this stage needs {', '.join(sorted(wanted))} from embeddings, but {place[0]} is read as a stream: "
+                "write its index with `unclip data check`, run unclip-embed and set data.embeddings"
+            )
+        return place
 
     def split(self, name: str) -> Split:
         """A split, opened once."""
@@ -210,12 +197,55 @@ class UnclipData(pl.LightningDataModule):
         if self.trainer is not None:
             self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Counts what was read and replaced; DataError where that is too much."""
+        self.num_read += len(batch)
+        found = [key for key in batch.replaced if key]
+        self.num_replaced += len(found)
+        self._damaged = (self._damaged + found)[-5:]
+        if found and self.num_replaced > self.cfg.max_corrupt * max(self.num_read, FEWEST_READ):
+            raise DataError(
+                f"{self.num_replaced} of {self.num_read} samples read from {self.cfg.path} are damaged, more than "
+                f"data.max_corrupt={self.cfg.max_corrupt:g} allows (of at least {FEWEST_READ}); the last ones: "
+                f"{', '.join(self._damaged)}. `unclip data check` finds all of them and writes an index without them"
+            )
+        return batch
+
+    def counts(self) -> dict[str, int]:
+        """Samples read and replaced by all ranks since the run began; every rank must ask."""
+        mine = torch.tensor([self.num_read, self.num_replaced])
+        if self.trainer is not None:
+            mine = self.trainer.strategy.reduce(mine.to(self.trainer.strategy.root_device), reduce_op="sum")
+        read, replaced = (before + new for before, new in zip(self._before, mine.tolist(), strict=True))
+        return {"data/read": read, "data/replaced": replaced}
+
+    def state_dict(self) -> dict[str, Any]:
+        place = {"streamed": self.streamed is not None, "world_size": self.world_size, "fingerprint": self.fingerprint}
+        return {"counts": list(self.counts().values()), **place}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes the counts over. ConfigError for a stream on another number of ranks, DataError for other data."""
+        if state_dict["fingerprint"] != self.fingerprint or state_dict["streamed"] != (self.streamed is not None):
+            raise DataError(
+                f"the index of {self.cfg.path}, or what data.embeddings holds, is another one than when this run began, so "
+                "it cannot go on with the same samples; put the old files back, or start another run=…"
+            )
+        if self.streamed is not None and state_dict["world_size"] != self.world_size:
+            raise ConfigError(
+                f"this run reads {self.streamed[0]} and others as a stream on {state_dict['world_size']} ranks and cannot go "
+                f"on with {self.world_size}: nobody knows which samples of each shard were seen. Use as many ranks; shards "
+                "with an index go on with any number"
+            )
+        self._before = list(state_dict["counts"])
+
     def train_dataloader(self) -> DataLoader:
+        if self.batch_size % self.world_size:
+            raise ConfigError(f"trainer.batch_size={self.batch_size} is not a multiple of {self.world_size} ranks")
+        if self.streamed is not None:
+            return self._stream_loader(self.streamed)
         splits = self._train_splits()
         orders = [Order(split.shards.shard_sizes, self.seed, neighbours=self.cfg.neighbours) for split in splits]
         mixture = Mixture(self.cfg.weights, self.seed)
-        if self.batch_size % self.world_size:
-            raise ConfigError(f"trainer.batch_size={self.batch_size} is not a multiple of {self.world_size} ranks")
         place = (self.batch_size, self.rank, self.world_size)
         return self._loader(Batches(partial(_train_batch, splits, orders, mixture, place), self._start, None))
 
@@ -236,14 +266,31 @@ class UnclipData(pl.LightningDataModule):
     def sheet_batch(self, count: int) -> Batch:
         """The first samples of the validation split (else of the training split), always with their pictures."""
         name = self.cfg.val_split or self.cfg.train_split
+        if name == self.cfg.train_split and self.streamed is not None:
+            stream = Stream(self.streamed, self.cfg.retry_seconds, self.seed)
+            return self._decode(pictures=True)(next(taken(stream, count, 0)), range(count))
         split = Split(replace(self.cfg, cache=False), name, {*self.needs, "image"}, self.tokenize)
         samples = np.arange(min(count, len(split.shards)))
         return split.batch(samples, samples.tolist())
 
-    def _loader(self, batches: "Batches") -> DataLoader:
+    def _stream_loader(self, shards: list[str]) -> DataLoader:
+        """One thread reads the shards, whatever the number of workers, which decode only."""
+        stream = Stream(shards, self.cfg.retry_seconds, self.seed, self.rank, self.world_size)
+        encoded = Encoded(stream, self._start, (self.batch_size, self.rank, self.world_size))
+        decode = self._decode("image" in self.needs)
+        if not self.cfg.num_workers:
+            return self._loader(Decoded(encoded, decode))
+        return self._loader(DecodeItem(decode), sampler=encoded)
+
+    def _decode(self, pictures: bool) -> Decode:
+        tokenize = partial(_trimmed, self.tokenize) if self.tokenize and "tokens" in self.needs else None
+        return Decode(str(self.cfg.path), pictures, self.cfg.image_size, tokenize)
+
+    def _loader(self, batches: Dataset, sampler: Encoded | None = None) -> DataLoader:
         workers = self.cfg.num_workers
         return DataLoader(
             batches,
+            sampler=sampler,
             batch_size=None,
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
@@ -271,66 +318,10 @@ def _val_batch(split: Split, samples: list[np.ndarray], step: int) -> Batch:
     return split.batch(samples[step], samples[step].tolist())
 
 
-class Batches(IterableDataset):
-    """``make(step)`` for step = start, start + 1, … (up to ``stop``), made ahead of their use.
-
-    Worker w of n makes whole batches w, w + n, …; the loader takes them in turn, so the order is kept. Without workers
-    a background thread makes them: decoding releases the interpreter's lock.
-    """
-
-    def __init__(self, make: Callable[[int], Batch], start: int, stop: int | None) -> None:
-        self.make, self.start, self.stop = make, start, stop
-
-    def __iter__(self) -> Iterator[Batch]:
-        worker = get_worker_info()
-        if worker is None:
-            return prefetched(self._batches(0, 1), PREFETCH)
-        return self._batches(worker.id, worker.num_workers)
-
-    def _batches(self, first: int, stride: int) -> Iterator[Batch]:
-        step = self.start + first
-        while self.stop is None or step < self.stop:
-            yield self.make(step)
-            step += stride
-
-
-def prefetched(batches: Iterator[Batch], depth: int) -> Iterator[Batch]:
-    """The same batches, made by a background thread up to ``depth`` ahead; its exceptions arrive here."""
-    ready: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: Batch | BaseException | None) -> None:
-        while not stopped.is_set():
-            try:
-                return ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    torch.get_num_threads()  # fixes this thread's number before the other one sets its own
-
-    def work() -> None:
-        torch.set_num_threads(1)  # a second pool of threads would spin against the training step's
-        try:
-            for batch in batches:
-                put(batch)
-                if stopped.is_set():
-                    return
-            put(None)
-        except BaseException as error:  # noqa: BLE001  handed to the consumer, which raises it
-            put(error)
-
-    thread = threading.Thread(target=work, name="unclip-batches", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stopped.set()
-        thread.join(timeout=5)
-
-
 def trim(tokens: Tensor) -> Tensor:
     """Token ids (B, context_length) cut to the longest caption, int64."""
     return tokens[:, : int(tokens.argmax(dim=1).max()) + 1].long()
+
+
+def _trimmed(tokenize: Tokenize, captions: list[str]) -> Tensor:
+    return trim(tokenize(captions))

@@ -1,9 +1,11 @@
 """The order of samples: one endless stream of seeded epochs, the same on any number of devices."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 
 import numpy as np
 
+BLOCK_SHARDS = 16  # that samples are shuffled among
 _CACHED_BLOCKS = 4
 
 
@@ -16,7 +18,9 @@ class Order:
     a shard stay together and in order: 1 shuffles single samples.
     """
 
-    def __init__(self, shard_sizes: list[int], seed: int, block_shards: int = 16, neighbours: int = 1) -> None:
+    def __init__(
+        self, shard_sizes: list[int], seed: int, block_shards: int = BLOCK_SHARDS, neighbours: int = 1
+    ) -> None:
         if not shard_sizes or min(shard_sizes) < 1:
             raise ValueError(f"every shard needs at least one sample, got sizes {shard_sizes[:10]}")
         if block_shards < 1 or neighbours < 1 or seed < 0:
@@ -75,9 +79,20 @@ class Order:
         return self._blocks[epoch, block]
 
     def _permutation(self, count: int, epoch: int, stream: int) -> np.ndarray:
-        # Raw bits and a stable sort: NumPy promises both for ever, but not the output of Generator.permutation.
-        bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch, stream])).random_raw(count)
-        return np.argsort(bits, kind="stable")
+        return seeded_permutation(count, self.seed, epoch, stream)
+
+
+def seeded_permutation(count: int, *seed: int) -> np.ndarray:
+    """0 … count - 1 in an order that depends on ``seed``, on any version of NumPy."""
+    # Raw bits and a stable sort: NumPy promises both for ever, but not the output of Generator.permutation.
+    return np.argsort(np.random.PCG64(np.random.SeedSequence(seed)).random_raw(count), kind="stable")
+
+
+def seeded_bits(*seed: int) -> Iterator[int]:
+    """Numbers below 2**64 without end that depend on ``seed``, on any version of NumPy."""
+    source = np.random.PCG64(np.random.SeedSequence(seed))
+    while True:
+        yield from source.random_raw(4096).tolist()
 
 
 def share(step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:

@@ -8,24 +8,35 @@ import contextlib
 import hashlib
 import json
 import os
-import tarfile
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 
+from unclip.data.files import Shard, open_files
+from unclip.data.index import (
+    IMAGE_TYPES,
+    IndexReport,
+    build_index,
+    read_index,
+    scan_shard,
+    sync_folder,
+    write_atomic,
+    write_index,
+)
+from unclip.data.order import BLOCK_SHARDS
+from unclip.data.remote import MissingError, Remote, RemoteConfig, is_url
 from unclip.errors import DataError
 
-INDEX_VERSION = 1
-IMAGE_TYPES = ("png", "jpg", "jpeg", "webp")
-MEMBER_TYPES = (*IMAGE_TYPES, "txt", "json")
+__all__ = [
+    "IMAGE_TYPES", "IndexReport", "Sample", "ShardWriter", "Shards", "build_index", "scan_shard", "sync_folder",
+    "write_atomic", "write_index",
+]  # fmt: skip
 _WRITING = ".writing"  # marks tars of a writer that has not finished, so that a next writer may replace them
-_MAX_OPEN_FILES = 64
+_MAX_GAP = 64 << 10  # bytes between the members of a sample that are fetched together
 
 
 @dataclass(frozen=True)
@@ -36,35 +47,6 @@ class Sample:
     image: bytes
     caption: str
     meta: dict[str, Any]
-
-
-@dataclass
-class IndexReport:
-    """What ``build_index`` found. ``bad`` maps the keys that were left out to the reason."""
-
-    num_shards: int = 0
-    num_samples: int = 0
-    bad: dict[str, str] = field(default_factory=dict)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write ``content`` so that ``path`` holds either all of it or what it held before."""
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class ShardWriter:
@@ -168,154 +150,50 @@ class ShardWriter:
         self._tar, self._file, self._count = None, None, 0
 
 
-def scan_shard(path: Path, check: Callable[[bytes], object] | None = None, bad: dict[str, str] | None = None) -> dict:
-    """One entry of the index: the keys of a tar and each member's offset and size (offset -1: there is no such member).
-
-    Samples without picture or caption, and those whose picture makes ``check`` raise, are left out and put in ``bad``.
-    ``text_sha256`` covers keys and captions: it is the same for two sizes of the same pictures.
-    """
-    members: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                folder, _, name = info.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                if info.isfile() and kind.lower() in MEMBER_TYPES:
-                    key = f"{folder}/{stem}" if folder else stem
-                    members.setdefault(key, {})[kind.lower()] = (info.offset_data, info.size)
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path} is not a complete tar file ({error}); fetch or make it again") from error
-    good = {}
-    with path.open("rb") as file:
-        for key, found in members.items():
-            outside = key.startswith("/") or ".." in key.split("/")
-            reason = "its path leaves the archive" if outside else _why_bad(file, found, check)
-            if reason is None:
-                good[key] = found
-            elif bad is not None:
-                bad[key] = reason
-        texts = [[key, _caption(file, found)] for key, found in good.items()]
-        file.seek(0)
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    kinds = [kind for kind in MEMBER_TYPES if any(kind in found for found in good.values())]
-    return {
-        "name": path.name,
-        "num_samples": len(good),
-        "size": path.stat().st_size,
-        "sha256": digest,
-        "text_sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-        "keys": list(good),
-        "offsets": {kind: [list(found.get(kind, (-1, 0))) for found in good.values()] for kind in kinds},
-    }
-
-
-def _why_bad(file: BinaryIO, found: dict[str, tuple[int, int]], check: Callable[[bytes], object] | None) -> str | None:
-    image = next((found[kind] for kind in IMAGE_TYPES if kind in found), None)
-    if image is None:
-        return "no picture"
-    if "txt" not in found and "json" not in found:
-        return "no caption"
-    if check is not None:
-        try:
-            check(os.pread(file.fileno(), image[1], image[0]))
-            if not _strict_caption(file, found).strip():
-                return "empty caption"
-        except (OSError, ValueError, SyntaxError, DataError) as error:
-            return str(error) or type(error).__name__
-    return None
-
-
-def _strict_caption(file: BinaryIO, found: dict[str, tuple[int, int]]) -> str:
-    """The caption; ValueError for bytes that are not UTF-8, and for metadata that is no JSON object."""
-    offset, size = found["txt"] if "txt" in found else found["json"]
-    content = os.pread(file.fileno(), size, offset).decode("utf-8")
-    if "txt" in found:
-        return content
-    meta = json.loads(content)
-    if not isinstance(meta, dict):
-        raise ValueError("the metadata is no JSON object")
-    return str(meta.get("caption", ""))
-
-
-def _caption(file: BinaryIO, found: dict[str, tuple[int, int]]) -> str:
-    offset, size = found["txt"] if "txt" in found else found["json"]
-    return os.pread(file.fileno(), size, offset).decode("utf-8", errors="replace")
-
-
-def write_index(split_dir: Path, entries: list[dict[str, Any]]) -> None:
-    """Write ``index.json`` atomically. An empty split is refused (DataError)."""
-    if not entries:
-        raise DataError(f"{split_dir} got no samples; nothing was written")
-    total = sum(entry["num_samples"] for entry in entries)
-    index = {"version": INDEX_VERSION, "num_samples": total, "shards": entries}
-    write_atomic(split_dir / "index.json", json.dumps(index, ensure_ascii=False).encode())
-
-
-def build_index(split_dir: Path, check: Callable[[bytes], object] | None = None) -> IndexReport:
-    """Index the ``*.tar`` files that are there (shards that others made, or after damaged samples were found).
-
-    ``check`` is called with each encoded picture; the samples for which it raises leave the index and are reported.
-    """
-    split_dir = Path(split_dir)
-    report = IndexReport()
-    paths = sorted(split_dir.glob("*.tar"))
-    if not paths:
-        raise DataError(f"{split_dir} holds no *.tar file; is it the folder of one split?")
-    entries = [scan_shard(path, check, report.bad) for path in paths]
-    entries = [entry for entry in entries if entry["num_samples"] > 0]
-    write_index(split_dir, entries)
-    report.num_shards, report.num_samples = len(entries), sum(entry["num_samples"] for entry in entries)
-    return report
-
-
 class Shards:
     """Random access to one split. Samples are numbered 0 … N-1, shard after shard.
 
+    ``place`` is the split's folder, here or behind an URL, or a list of shards, each with an index in its folder.
     ``fingerprint`` covers all content, ``text_fingerprint`` keys and captions only. Raises DataError when the index is
     missing or does not agree with the files. Safe to share between threads, and between processes (fork or spawn).
     """
 
-    def __init__(self, split_dir: Path | str) -> None:
-        self.split_dir = Path(split_dir)
-        raw, index = _read_index(self.split_dir)
-        self.fingerprint = hashlib.sha256(raw).hexdigest()
-        shards = index["shards"]
+    def __init__(self, place: Path | str | Sequence[str], remote: RemoteConfig | None = None) -> None:
+        remote = remote or RemoteConfig()
+        self.where = place[0].rpartition("/")[0] if isinstance(place, (list, tuple)) else str(place)
+        self.split_dir = Path(self.where)
+        fingerprints, found = _described(place if isinstance(place, (list, tuple)) else str(place), remote)
+        shards = [entry for _, entry in found]
+        self.fingerprint = fingerprints[0] if len(fingerprints) == 1 else _sha256("".join(fingerprints))
         self.names: list[str] = [shard["name"] for shard in shards]
         self.sha256: list[str] = [shard["sha256"] for shard in shards]
-        texts_sha256 = "".join(shard["text_sha256"] for shard in shards)
-        self.text_fingerprint = hashlib.sha256(texts_sha256.encode()).hexdigest()
+        self.text_fingerprint = _sha256("".join(shard["text_sha256"] for shard in shards))
         self.shard_sizes: list[int] = [shard["num_samples"] for shard in shards]
         self.keys: list[str] = [key for shard in shards for key in shard["keys"]]
         self.starts = np.concatenate([[0], np.cumsum(self.shard_sizes)]).astype(np.int64)
-        for shard in shards:
-            self._check_size(shard["name"], shard["size"])
+        files = [
+            Shard(f"{folder}/{shard['name']}", shard["size"], shard["sha256"], _advice(folder))
+            for folder, shard in found
+        ]
+        self.files = open_files(files, remote, BLOCK_SHARDS)
         places = [_columns(shard) for shard in shards]
         self._image, self._txt, self._json = (np.concatenate(parts) for parts in zip(*places, strict=True))
-        self._init_files()
-
-    def _init_files(self) -> None:
-        self._lock = threading.Lock()
-        self._files: OrderedDict[int, int] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_files")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._init_files()
+        self._ahead: dict[int, tuple[int, bytes]] = {}  # of samples: bytes fetched ahead and where they begin
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def close(self) -> None:
         """Close the files; the next read opens them again."""
-        with self._lock:
-            while self._files:
-                os.close(self._files.popitem()[1])
+        self.files.close()
 
-    def __del__(self) -> None:
-        if "_lock" in self.__dict__:
-            self.close()
+    def prepare(self, samples: Sequence[int]) -> None:
+        """Fetch what these samples need side by side, where it lies behind an URL; a next call forgets it."""
+        spans = {i: self._span(i) for i in samples}
+        contents = self.files.read_all([(self.shard_of(i), *span) for i, span in spans.items()])
+        if contents is not None:
+            starts = [start for start, _ in spans.values()]
+            self._ahead = dict(zip(spans, zip(starts, contents, strict=True), strict=True))
 
     def read(self, i: int) -> Sample:
         """Sample i with all its parts."""
@@ -323,68 +201,87 @@ class Shards:
 
     def image(self, i: int) -> bytes:
         """The encoded picture (png, jpg or webp) of sample i."""
-        return self._pread(i, self._image[i])
+        return self._piece(i, self._image[i])
 
     def caption(self, i: int) -> str:
         """KEY.txt, or the field "caption" of KEY.json where there is no text file."""
         if self._txt[i, 0] >= 0:
-            return self._pread(i, self._txt[i]).decode("utf-8").strip()
+            return self._piece(i, self._txt[i]).decode("utf-8").strip()
         return str(self.meta(i).get("caption", ""))
 
     def meta(self, i: int) -> dict[str, Any]:
         """KEY.json of sample i, {} where there is none."""
-        return json.loads(self._pread(i, self._json[i])) if self._json[i, 0] >= 0 else {}
+        return json.loads(self._piece(i, self._json[i])) if self._json[i, 0] >= 0 else {}
 
     def shard_of(self, i: int) -> int:
         """The number of the shard that holds sample i."""
         return int(np.searchsorted(self.starts, i, side="right")) - 1
 
-    def _pread(self, i: int, place: np.ndarray) -> bytes:
-        shard = self.shard_of(i)
+    def _span(self, i: int) -> tuple[int, int]:
+        """Offset and size of the picture and of its caption, where that stands near."""
+        offset, size = self._image[i].tolist()
+        text, length = (self._txt if self._txt[i, 0] >= 0 else self._json)[i].tolist()
+        start, end = min(offset, text), max(offset + size, text + length)
+        return (start, end - start) if end - start <= size + length + _MAX_GAP else (offset, size)
+
+    def _piece(self, i: int, place: np.ndarray) -> bytes:
         offset, size = int(place[0]), int(place[1])
-        with self._lock:
-            content = os.pread(self._open(shard), size, offset)
-        if len(content) != size:
-            path = self.split_dir / self.names[shard]
-            raise DataError(f"{path} ends before {self.keys[i]}; run `unclip data check {self.split_dir.parent}`")
-        return content
-
-    def _open(self, shard: int) -> int:
-        """File descriptor of a shard; the least recently used one is closed when too many are open."""
-        if shard in self._files:
-            self._files.move_to_end(shard)
-        else:
-            self._files[shard] = os.open(self.split_dir / self.names[shard], os.O_RDONLY)
-            if len(self._files) > _MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-        return self._files[shard]
-
-    def _check_size(self, name: str, size: int) -> None:
-        path = self.split_dir / name
-        advice = f"run `unclip data check {self.split_dir.parent}`"
-        if not path.exists():
-            raise DataError(f"{path} is in the index but not on disk; fetch it again or {advice}")
-        if path.stat().st_size != size:
-            raise DataError(f"{path} has {path.stat().st_size} bytes but its index says {size}; {advice}")
+        start, content = self._ahead.get(i, (0, b""))
+        if start <= offset and offset + size <= start + len(content):
+            return content[offset - start : offset - start + size]
+        return self.files.read(self.shard_of(i), offset, size)
 
 
-def _read_index(split_dir: Path) -> tuple[bytes, dict[str, Any]]:
-    path = split_dir / "index.json"
+def _described(place: str | Sequence[str], remote: RemoteConfig) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
+    """The SHA-256 of each index, and folder and index entry of each shard."""
+    if isinstance(place, str):
+        folder = place.rstrip("/")
+        raw = _raw_index(folder, remote)
+        return [hashlib.sha256(raw).hexdigest()], [
+            (folder, e) for e in read_index(raw, f"{folder}/index.json")["shards"]
+        ]
+    known: dict[str, dict[str, dict[str, Any]]] = {}
+    found = []
+    for location in place:
+        folder, _, name = location.rpartition("/")
+        folder = folder or "."
+        if folder not in known:
+            raw = _raw_index(folder, remote)
+            known[folder] = {entry["name"]: entry for entry in read_index(raw, f"{folder}/index.json")["shards"]}
+        if name not in known[folder]:
+            raise DataError(f"{location} is not in {folder}/index.json; {_advice(folder)}")
+        found.append((folder, known[folder][name]))
+    return [_sha256(json.dumps([entry["sha256"] for _, entry in found]))], found
+
+
+def _advice(folder: str) -> str:
+    if is_url(folder):
+        return f"run `unclip data check` where {folder} was made and upload shards and index again"
+    return f"run `unclip data check {Path(folder).parent}`"
+
+
+def _raw_index(folder: str, remote: RemoteConfig) -> bytes:
+    if is_url(folder):
+        try:
+            return Remote(remote.retry_seconds).read(f"{folder}/index.json")
+        except MissingError as error:
+            raise MissingError(
+                f"there is no {folder}/index.json; write it with `unclip data check` where the shards are and upload it, "
+                f"or read the shards as a stream by naming them: data.path={folder}/{{00000..00099}}.tar"
+            ) from error
+    split_dir, path = Path(folder), Path(folder) / "index.json"
     if not split_dir.is_dir():
         siblings = sorted(p.parent.name for p in split_dir.parent.glob("*/index.json"))
         raise DataError(f"there is no folder {split_dir}; {split_dir.parent} holds the splits {siblings}")
     if not path.exists():
         if not any(split_dir.glob("*.tar")):
             raise DataError(f"{split_dir} holds neither shards (*.tar) nor index.json; is it the folder of one split?")
-        raise DataError(f"{split_dir} has shards but no index.json; run `unclip data check {split_dir.parent}`")
-    raw = path.read_bytes()
-    try:
-        index = json.loads(raw)
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}); run `unclip data check {split_dir.parent}`") from error
-    if index.get("version") != INDEX_VERSION:
-        raise DataError(f"{path} has version {index.get('version')}, this unclip reads {INDEX_VERSION}")
-    return raw, index
+        raise DataError(f"{split_dir} has shards but no index.json; {_advice(folder)}")
+    return path.read_bytes()
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _columns(shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
