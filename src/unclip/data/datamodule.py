@@ -4,7 +4,9 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from unclip import artifact
 from unclip.config import FREE
 from unclip.data.batch import Batch
 from unclip.data.embeddings import Embeddings, lengths
@@ -22,6 +25,7 @@ from unclip.data.order import Order, share
 from unclip.data.pictures import Pictures
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError, DataError
+from unclip.models.clip import CLIP
 from unclip.models.interface import Interface
 
 COLUMNS = ("image", "tokens", "image_emb", "text_emb", "text_seq")
@@ -38,6 +42,13 @@ class SourceConfig:
     weight: float = 1.0
 
 
+class TextStates(Enum):
+    """Where the caption's states come from: a column of the embeddings, or the frozen CLIP's text tower at every step."""
+
+    stored = "stored"
+    live = "live"
+
+
 @dataclass
 class DataConfig:
     """Where samples come from. ``path`` holds one folder of shards per split, ``embeddings`` what unclip-embed wrote.
@@ -49,6 +60,7 @@ class DataConfig:
     pictures in memory. ``num_workers`` 0 prepares batches in a thread, which is best on few cores. ``max_val`` samples
     of validation, spread evenly over the split; ``val_split`` null switches validation off. ``neighbours`` samples that
     stand side by side in a shard stay together in the shuffle: hard negatives for CLIP where the data is written so.
+    ``text_states`` live takes the CLIP run or artifact ``clip``, which must be the one behind the embeddings.
     """
 
     path: str = ""
@@ -56,6 +68,8 @@ class DataConfig:
     weight: float = 1.0
     others: list[SourceConfig] = field(default_factory=list)
     image_size: int | None = None
+    text_states: TextStates = TextStates.stored
+    clip: str | None = None
     train_split: str = "train"
     neighbours: int = 1
     val_split: str | None = field(default="val", metadata=FREE)
@@ -68,6 +82,8 @@ class DataConfig:
             raise ConfigError(
                 f"data.max_val={self.max_val} must be positive; data.val_split=null switches validation off"
             )
+        if (self.text_states is TextStates.live) != (self.clip is not None):
+            raise ConfigError("data.text_states=live and data.clip=RUN belong together; give both or neither")
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers={self.num_workers} must not be negative")
         Mixture(self.weights, seed=0)  # refuses useless weights before anything is read
@@ -83,7 +99,7 @@ class DataConfig:
 class Split:
     """One split, able to make the batch of any samples. ``needs`` names the columns of :class:`Batch` to fill.
 
-    ``text_seq`` is filled where the embeddings hold it. Tokens come from the embeddings, or from ``tokenize``.
+    Tokens come from the embeddings, or from ``tokenize``.
     """
 
     def __init__(self, cfg: DataConfig, split: str, needs: Collection[str], tokenize: Tokenize | None) -> None:
@@ -134,10 +150,13 @@ class Split:
                 raise ConfigError(f"this stage needs {missing}; run unclip-embed and set data.embeddings to its folder")
             return []
         has = self.embeddings.columns
-        missing = [column for column in wanted if column not in has and column != "text_seq"]
+        missing = [column for column in wanted if column not in has]
         if missing:
-            raise ConfigError(f"{self.embeddings.folder} lacks the columns {missing}; embed again with columns=[…]")
-        return [column for column in wanted if column in has]
+            live = ", or take data.text_states=live data.clip=CLIP" if missing == ["text_seq"] else ""
+            raise ConfigError(
+                f"{self.embeddings.folder} lacks the columns {missing}; embed again with columns=[…]{live}"
+            )
+        return wanted
 
 
 class UnclipData(pl.LightningDataModule):
@@ -157,12 +176,34 @@ class UnclipData(pl.LightningDataModule):
         if not cfg.path:
             raise ConfigError("data.path is not set; give the folder that holds the splits: data.path=…")
         self.cfg, self.seed, self.batch_size = cfg, seed, batch_size
-        self.needs, self.tokenize = tuple(needs), tokenize
+        self.tokenize = tokenize
+        self._live = cfg.text_states is TextStates.live and "text_seq" in needs
+        self.needs = tuple(name for name in needs if name != "text_seq") if self._live else tuple(needs)
         self.rank, self.world_size = 0, 1
         self._start = 0
         self._splits: dict[str, Split] = {}
         self._others: dict[str, Split] = {}
         self.embeddings = Embeddings(cfg.embeddings, cfg.train_split) if cfg.embeddings else None
+        self._clip = self._text_tower() if self._live else None
+
+    def _text_tower(self) -> CLIP:
+        model, manifest = artifact.load(str(self.cfg.clip), kind="clip")
+        if manifest.hash != self.interface.clip:
+            raise ConfigError(
+                f"data.clip={self.cfg.clip} is CLIP {manifest.hash[:8]} but {self.cfg.embeddings} holds embeddings of CLIP "
+                f"{self.interface.clip[:8]}; give the CLIP that made the embeddings"
+            )
+        assert isinstance(model, CLIP)
+        return model
+
+    @torch.no_grad()
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """With live states: the batch with its ``text_seq``, made on the device that the batch is on."""
+        if self._clip is None:
+            return batch
+        tokens = batch.column("tokens")
+        with nullcontext() if self.trainer is None else self.trainer.precision_plugin.forward_context():
+            return replace(batch, text_seq=self._clip.to(tokens.device).encode_text(tokens)[1].float())
 
     @property
     def interface(self) -> Interface:
@@ -238,7 +279,7 @@ class UnclipData(pl.LightningDataModule):
         name = self.cfg.val_split or self.cfg.train_split
         split = Split(replace(self.cfg, cache=False), name, {*self.needs, "image"}, self.tokenize)
         samples = np.arange(min(count, len(split.shards)))
-        return split.batch(samples, samples.tolist())
+        return self.on_after_batch_transfer(split.batch(samples, samples.tolist()), 0)
 
     def _loader(self, batches: "Batches") -> DataLoader:
         workers = self.cfg.num_workers
