@@ -25,6 +25,7 @@ from unclip.nets.layers import (
 )
 
 QK_NORM_EPS = 1e-5  # as in diffusers
+ALL = slice(None)
 
 
 class Attention(nn.Module):
@@ -48,10 +49,12 @@ class Attention(nn.Module):
         keys, values = split_heads(self.to_k(x), self.num_heads), split_heads(self.to_v(x), self.num_heads)
         return (keys if self.norm_k is None else self.norm_k(keys).to(values.dtype)), values
 
-    def forward(self, x: Tensor, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, past: KeyValue | None, looking: slice = ALL
+    ) -> tuple[Tensor, KeyValue]:
         own = self.keys_values(x)
         keys, values = own if past is None else (torch.cat((past[i], own[i]), dim=2) for i in (0, 1))
-        query = split_heads(self.to_q(x), self.num_heads)
+        query = split_heads(self.to_q(x[:, looking]), self.num_heads)
         if self.norm_q is not None:
             query = self.norm_q(query).to(values.dtype)
         return self.to_out(merge_heads(attend(query, keys, values, mask))), own
@@ -87,13 +90,15 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, past: KeyValue | None = None, looking: slice = ALL
+    ) -> tuple[Tensor, KeyValue]:
         """x (B, N, W); mask bool, broadcastable to (B, heads, N, P + N), True = may be seen.
 
-        Returns the new x, and the keys and values of the old one.
+        Returns the new x at the positions ``looking`` (whose rows are the mask's), and the keys and values of the old x.
         """
-        update, own = self.attn1(self.norm1(x), mask, past)
-        x = x + update
+        update, own = self.attn1(self.norm1(x), mask, past, looking)
+        x = x[:, looking] + update
         return x + self.ff(self.norm3(x)), own
 
 
@@ -112,10 +117,15 @@ class TransformerBlocks(nn.ModuleList):
                 nn.init.normal_(module.weight, std=0.25 * width**-0.5)
                 nn.init.zeros_(module.bias)
 
-    def run(self, x: Tensor, mask: Tensor | None, past: list[KeyValue] | None = None) -> Tensor:
-        """All blocks in turn; ``past`` holds each block's earlier keys and values."""
-        for index, block in enumerate(self):
-            x, _ = self._block(block, x, mask, past[index] if past is not None else None)
+    def run(self, x: Tensor, mask: Tensor | None, past: list[KeyValue] | None = None, wanted: slice = ALL) -> Tensor:
+        """All blocks in turn; ``past`` holds each block's earlier keys and values. Returns the ``wanted`` positions:
+        the others need not go through the last block."""
+        *body, last = range(len(self))
+        for index in body:
+            x, _ = self._block(self[index], x, mask, past[index] if past is not None else None)
+        if wanted != ALL and mask is not None:
+            mask = mask[..., wanted, :]
+        x, _ = self._block(self[last], x, mask, past[last] if past is not None else None, wanted)
         return x
 
     def keys_values(self, x: Tensor, mask: Tensor | None, past: list[KeyValue] | None = None) -> list[KeyValue]:
@@ -128,10 +138,12 @@ class TransformerBlocks(nn.ModuleList):
         assert isinstance(last, TransformerBlock)
         return [*collected, last.attn1.keys_values(last.norm1(x))]
 
-    def _block(self, block: nn.Module, x: Tensor, mask: Tensor | None, past: KeyValue | None) -> Any:
+    def _block(
+        self, block: nn.Module, x: Tensor, mask: Tensor | None, past: KeyValue | None, looking: slice = ALL
+    ) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, mask, past, use_reentrant=False)
-        return block(x, mask, past)
+            return checkpoint(block, x, mask, past, looking, use_reentrant=False)
+        return block(x, mask, past, looking)
 
 
 class PriorText(Enum):
@@ -286,13 +298,11 @@ class PriorNet(PrefixNet):
         if self.proj_last is not None and x0_last is not None:
             noised = noised + self.proj_last(x0_last)
         noised = noised[:, None] if x_t.ndim == 2 else noised
-        batch, draws, _ = noised.shape
         time = self.time_embedding(timestep if timestep.ndim == 2 else timestep[:, None]).expand_as(noised)
         tokens = torch.stack((time, noised, self.prd_embedding.to(noised.dtype).expand_as(noised)), dim=2)
         tokens = (tokens + self.positional_embedding[:, None, -3:]).flatten(1, 2)
-        mask = seen(context.mask, draws, 3)
-        tokens = self.transformer_blocks.run(tokens, mask, context.keys_values)
-        query = tokens.view(batch, draws, 3, -1)[:, :, 2]
+        mask = seen(context.mask, noised.shape[1], 3)
+        query = self.transformer_blocks.run(tokens, mask, context.keys_values, wanted=slice(2, None, 3))
         return self.proj_to_clip_embeddings(self.norm_out(query)).view(x_t.shape)
 
     def timestep_keys_values(self, timesteps: Tensor, context: PriorContext) -> list[KeyValue]:
