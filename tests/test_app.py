@@ -38,6 +38,7 @@ def test_all_commands_are_known():
     assert names == data | {
         "import clip",
         "wise-ft",
+        "prior-stats",
         "zero-shot",
         "generate",
         "verdict",

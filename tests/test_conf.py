@@ -36,6 +36,8 @@ def shipped() -> list[tuple[str, list[str]]]:
         asked = ["data.others=[{path: second}]"] if path.stem == "paper_clip" else []
         cases.append((STAGE_OF[stage], [f"experiment={path.stem}", *asked]))
     cases += [("train_decoder", [f"logger={path.stem}"]) for path in sorted(CONF.glob("logger/*.yaml"))]
+    priors = ("diffusion_prior", "eclipse_prior", "identity", "linear_prior", "mlp_prior")
+    cases += [("train_prior", [f"model={name}"]) for name in priors]
     cases += [("train_decoder", [f"trainer={path.stem}"]) for path in sorted(CONF.glob("trainer/*.yaml"))]
     return cases
 
@@ -43,7 +45,7 @@ def shipped() -> list[tuple[str, list[str]]]:
 def test_every_yaml_is_among_the_cases():
     covered = {f"{root}.yaml" for root in ROOTS} | {"hydra_quiet.yaml"}
     covered |= {f"{overrides[0].replace('=', '/')}.yaml" for _, overrides in shipped() if overrides}
-    covered |= {f"model/{name}.yaml" for name in ("clip", "diffusion_prior", "decoder", "upsampler")}
+    covered |= {f"model/{name}.yaml" for name in ("clip", "decoder", "upsampler")}
     assert {str(p.relative_to(CONF)) for p in Path(CONF).rglob("*.yaml")} == covered
 
 

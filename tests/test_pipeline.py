@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from unclip.artifact import Manifest
+from unclip.cli.pictures import Overrides
 from unclip.config import from_plain
 from unclip.diffusion.samplers import Sampler, SamplerConfig
-from unclip.errors import ArtifactError
+from unclip.errors import ArtifactError, ConfigError
 from unclip.models import REGISTRY, build
 from unclip.models.clip import CLIP, CLIPConfig
 from unclip.pipeline import UnCLIP
@@ -102,6 +103,21 @@ def test_sampling_settings_are_obeyed(pipeline: UnCLIP):
     pipeline.decode(pipeline.embed_text(["a red cube"]), [0])
     handle.remove()
     assert len(calls) == 3, "guidance is one batched forward a step"
+
+
+@pytest.mark.parametrize("name", ["identity", "linear_prior", "mlp_prior", "eclipse_prior"])
+def test_any_prior_feeds_the_decoder(pipeline: UnCLIP, name: str):
+    stages = {key: (model, pipeline.manifests[key], Path(key)) for key, model in pipeline.models.items()}
+    raw = {"net": CONFIGS["diffusion_prior"]["net"]} if name == "eclipse_prior" else {}
+    model = random_weights(build(from_plain(raw, REGISTRY[name][0]), pipeline.models["clip"].interface()))
+    stages["prior"] = (model, Manifest("prior", name, raw, {"clip": "c"}, hash=name), Path("prior"))
+    chain = UnCLIP(stages)
+    one, other = chain.generate(["a red cube"], num=2, seed=0, how=Overrides().apply(chain))
+    assert one.image.shape == (3, 32, 32)
+    assert (one.image.float() - other.image.float()).abs().mean() > 1, "the decoder still has its own noise"
+    for refused in (Overrides(candidates=2), Overrides(prior_steps=3), Overrides(prior_guidance=1.0)):
+        with pytest.raises(ConfigError, match=f"a {name}, has one answer for a caption"):
+            refused.apply(chain)
 
 
 def test_stages_of_two_clips_are_refused(pipeline: UnCLIP):

@@ -1,8 +1,8 @@
 """The contract between stages: what one stage writes and the next one reads.
 
 An artifact is a folder ``artifact-STEP/`` inside a run with ``weights.safetensors``, ``manifest.json`` and ``config.yaml``
-(for people, never parsed). The run's symlink ``artifact`` points at the newest one. No pickle, no import string: a model is
-rebuilt from its registry name and its configuration.
+(for people, never parsed); statistics that a command added later stand beside them. The run's symlink ``artifact`` points at
+the newest one. No pickle, no import string: a model is rebuilt from its registry name and its configuration.
 """
 
 import hashlib
@@ -11,13 +11,13 @@ import os
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from unclip import __version__
 from unclip.config import from_plain
@@ -34,6 +34,7 @@ class Manifest:
 
     ``kind`` is the stage (clip, prior, decoder, upsampler), ``model`` the registry name, ``config`` what rebuilds the model.
     ``hash`` covers weights, model and configuration; ``parents`` maps what the stage was trained on to their hashes.
+    Statistics have a hash of their own, so that adding them breaks no lineage.
     """
 
     kind: str
@@ -48,8 +49,16 @@ class Manifest:
     settings: dict[str, Any] = field(default_factory=dict)
     hash: str = ""
     weights_sha256: str = ""
+    statistics_sha256: str = ""
     version: str = __version__
     format: int = FORMAT
+
+
+class HasStatistics(Protocol):
+    """A model with tensors that are gathered after training and kept apart from its weights."""
+
+    def statistics(self) -> dict[str, Tensor]: ...
+    def load_statistics(self, statistics: dict[str, Tensor]) -> None: ...
 
 
 def save(run: Path, model: nn.Module, manifest: Manifest) -> Path:
@@ -113,7 +122,41 @@ def load(folder: Path | str, *, kind: str | None = None) -> tuple[nn.Module, Man
         model.load_state_dict(load_file(path / WEIGHTS), strict=True)
     except (RuntimeError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"{path / WEIGHTS} does not fit the model in {MANIFEST}: {error}") from error
+    if manifest.statistics_sha256:
+        owner: Any = model
+        owner.load_statistics(_read_statistics(path, manifest))
     return model.eval().requires_grad_(False), manifest
+
+
+def add_statistics(folder: Path | str, model: HasStatistics) -> Path:
+    """Write the model's statistics into its artifact, in place of older ones; ``hash`` stays as it is. Returns the file."""
+    path, manifest = locate(folder), read_manifest(folder)
+    draft = path / f"statistics.{os.getpid()}.tmp"
+    save_file({name: value.detach().cpu().contiguous() for name, value in model.statistics().items()}, draft)
+    manifest.statistics_sha256 = _sha256(draft)
+    final = _statistics_file(path, manifest)
+    _fsync(draft)
+    os.replace(draft, final)
+    draft = path / f"{MANIFEST}.{os.getpid()}.tmp"
+    draft.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    _fsync(draft)
+    os.replace(draft, path / MANIFEST)
+    _fsync(path)
+    for old in path.glob("statistics-*.safetensors"):
+        if old != final:
+            old.unlink()
+    return final
+
+
+def _statistics_file(path: Path, manifest: Manifest) -> Path:
+    return path / f"statistics-{manifest.statistics_sha256[:8]}.safetensors"
+
+
+def _read_statistics(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    file = _statistics_file(path, manifest)
+    if not file.is_file() or _sha256(file) != manifest.statistics_sha256:
+        raise ArtifactError(f"{file} is missing or altered; copy the artifact again, or run `unclip prior-stats` again")
+    return load_file(file)
 
 
 def read_manifest(folder: Path | str, *, kind: str | None = None) -> Manifest:

@@ -59,6 +59,11 @@ class AdamWEMA(torch.optim.AdamW):
                     p.copy_(value)
 
 
+def no_optimizer(cfg: OptimConfig) -> AdamWEMA:
+    """Over nothing: for a model that has no weights to train."""
+    return AdamWEMA([{"params": [nn.Parameter(torch.empty(0))], "lr_scale": 1.0}], cfg)
+
+
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> AdamWEMA:
     """AdamW over the trainable weights; weight decay applies to matrices and convolutions, not to biases, norms and tables.
 

@@ -110,7 +110,7 @@ def train(cfg: TrainConfig) -> Path:
 
 
 def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, UnclipData]:
-    model_cfg: ModelConfig = cfg.model  # type: ignore[attr-defined]
+    model_cfg = _model_config(cfg)
     data = UnclipData(cfg.data, cfg.seed, cfg.trainer.batch_size, needs=model_cfg.columns)
     model = build(model_cfg, data.interface)
     if kind == "clip":
@@ -122,7 +122,13 @@ def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, Uncl
     return model, data
 
 
+def _model_config(cfg: TrainConfig) -> ModelConfig:
+    return cfg.model  # type: ignore[attr-defined]
+
+
 def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
+    """A model without weights to train is only validated, on one device."""
+    trains = _model_config(cfg).trains
     checkpoint = Checkpoint(run / "checkpoints" / "last.ckpt")
     callbacks = [
         Metrics(),
@@ -134,11 +140,11 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
     return pl.Trainer(
         default_root_dir=run,
         accelerator=cfg.trainer.accelerator,
-        devices=cfg.trainer.devices,
-        num_nodes=cfg.trainer.num_nodes,
-        strategy=cfg.trainer.strategy,
+        devices=cfg.trainer.devices if trains else 1,
+        num_nodes=cfg.trainer.num_nodes if trains else 1,
+        strategy=cfg.trainer.strategy if trains else "auto",
         precision="bf16-mixed" if cfg.trainer.precision is Precision.bf16 else "32-true",
-        max_steps=cfg.trainer.max_steps,
+        max_steps=cfg.trainer.max_steps if trains else 0,
         max_epochs=-1,
         val_check_interval=cfg.trainer.val_every,
         check_val_every_n_epoch=None,
@@ -219,6 +225,8 @@ def _finished(run: Path, cfg: TrainConfig) -> bool:
         return False
     manifest = artifact.read_manifest(run)
     minutes = cfg.trainer.max_minutes
+    if not _model_config(cfg).trains:
+        return True
     by_time = minutes is not None and manifest.metrics["seconds"] >= 60 * minutes
     return manifest.step >= cfg.trainer.max_steps or by_time
 

@@ -21,7 +21,7 @@ class Means:
 
 
 class ExactNet:
-    """E[. | x_t] for data N(context.mean, std²), as eps, x0 or v; with the true reverse variance if it is learned."""
+    """E[. | x_t] for data N(context.mean, std²), in any parametrisation; with the true reverse variance if it is learned."""
 
     def __init__(self, diffusion: GaussianDiffusion, std: float, schedule: NoiseSchedule | None = None) -> None:
         self.diffusion, self.std = diffusion, std
@@ -39,9 +39,8 @@ class ExactNet:
         precision = self.std**-2 + at(self.schedule.snr)
         x0 = (mean * self.std**-2 + at(self.schedule.alpha / self.schedule.sigma**2) * x_t) / precision
         eps = self.schedule.eps_from_x0(step, x0, x_t)
-        out = {Predict.x0: x0, Predict.eps: eps, Predict.v: self.schedule.v_target(step, x0, eps)}[
-            self.diffusion.cfg.predict
-        ]
+        v = self.schedule.v_target(step, x0, eps)
+        out = {Predict.x0: x0, Predict.eps: eps, Predict.v: v, Predict.flow: eps - x0}[self.diffusion.cfg.predict]
         if not self.diffusion.cfg.learned_variance:
             return out
         low, high = at(self.schedule.posterior_log_var), at(self.schedule.log_beta)

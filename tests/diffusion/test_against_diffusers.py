@@ -34,8 +34,8 @@ class Recording:
         self.denoiser, self.schedule, self.shape = denoiser, denoiser.schedule, denoiser.shape
         self.x0 = []
 
-    def __call__(self, x_t, step):
-        prediction = self.denoiser(x_t, step)
+    def __call__(self, x_t, step, last=None):
+        prediction = self.denoiser(x_t, step, last)
         self.x0.append(prediction.x0)
         return prediction
 
@@ -82,7 +82,7 @@ def test_ancestral_is_the_unclip_scheduler(variance, predict, num_steps):
 
 
 @pytest.mark.parametrize("beta_schedule", ["squaredcos_cap_v2", "linear"])
-@pytest.mark.parametrize("predict", list(Predict))
+@pytest.mark.parametrize("predict", list(NAMES))
 def test_ancestral_is_the_ddpm_scheduler(beta_schedule, predict):
     scheduler = diffusers.DDPMScheduler(
         1000, beta_schedule=beta_schedule, prediction_type=NAMES[predict], variance_type="fixed_small", clip_sample=True
@@ -100,7 +100,7 @@ def test_ancestral_is_the_ddpm_scheduler(beta_schedule, predict):
     assert_close(ancestral(denoiser, Draws(0)), expected, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("predict", list(Predict))
+@pytest.mark.parametrize("predict", list(NAMES))
 @pytest.mark.parametrize("eta", [0.0, 0.6])
 def test_ddim_is_the_ddim_scheduler(predict, eta):
     """On all steps: with fewer, that scheduler's own grid misses step T - 1 or 0."""
@@ -121,7 +121,7 @@ def test_ddim_is_the_ddim_scheduler(predict, eta):
     assert_close(ddim(denoiser, Draws(0), eta=eta), expected, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("predict", list(Predict))
+@pytest.mark.parametrize("predict", list(NAMES))
 def test_dpmpp_2m_is_the_multistep_scheduler(predict):
     """On that scheduler's grid, which ends above step 0 with the plain prediction: ours gets one cleaner step."""
     scheduler = diffusers.DPMSolverMultistepScheduler(

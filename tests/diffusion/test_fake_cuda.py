@@ -18,6 +18,7 @@ from unclip.diffusion import (
     dpmpp_2m,
 )
 
+VP = [Predict.eps, Predict.x0, Predict.v]  # of the variance-preserving schedules
 PICTURE = (3, 8, 8)
 
 
@@ -36,7 +37,7 @@ def test_the_mode_catches_host_synchronisation():
         torch.ones(1, device="cuda").item()
 
 
-@pytest.mark.parametrize("predict", list(Predict))
+@pytest.mark.parametrize("predict", VP)
 @pytest.mark.parametrize("learned", [False, True])
 def test_losses(predict, learned):
     with FakeTensorMode():

@@ -5,8 +5,10 @@ from torch.testing import assert_close
 from unclip.diffusion import DiffusionConfig, GaussianDiffusion, Guidance, Noise, Predict, Threshold, ancestral, ddim
 from unclip.diffusion.guidance import dynamic_threshold
 
+VP = [Predict.eps, Predict.x0, Predict.v]  # of the variance-preserving schedules
 
-@pytest.mark.parametrize("predict", list(Predict))
+
+@pytest.mark.parametrize("predict", VP)
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
 def test_guided_gaussians_have_the_product_mean(predict, scale, exact_net, means):
     """Scores of N(1, 0.3²) and N(0.5, 0.3²), extrapolated, are the score of N(0.5 + scale 0.5, 0.3²)."""
@@ -22,7 +24,7 @@ def test_guided_gaussians_have_the_product_mean(predict, scale, exact_net, means
 def test_guidance_is_the_same_for_every_parametrisation(exact_net, means):
     x_t, context = torch.linspace(-2, 2, 10).reshape(2, 5), means(1.0, -0.5, rows=2)
     guided = []
-    for predict in Predict:
+    for predict in VP:
         diffusion = GaussianDiffusion(DiffusionConfig(predict=predict))
         denoiser = diffusion.denoiser(
             exact_net(diffusion, 0.3), context, shape=(5,), num_steps=1000, guidance=Guidance(4.0)

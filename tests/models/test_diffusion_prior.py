@@ -13,12 +13,14 @@ from unclip.data.batch import Batch
 from unclip.diffusion.gaussian import DiffusionConfig, Predict
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
-from unclip.diffusion.samplers import Sampler, SamplerConfig
+from unclip.diffusion.samplers import Sampler, SamplerConfig, ddim
+from unclip.diffusion.schedule import ScheduleName
 from unclip.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig, EmbeddingSpace, best_candidate
 from unclip.models.interface import Interface
-from unclip.models.sampling import PriorSampling
-from unclip.nets.layers import Cond
-from unclip.nets.transformer import PriorNetConfig, PriorText
+from unclip.models.sampling import DiffusionSampling, PriorSampling
+from unclip.nets.layers import Cond, Keep
+from unclip.nets.prior_run import PriorRun
+from unclip.nets.transformer import PriorNet, PriorNetConfig, PriorText
 
 D, L = 12, 6
 INTERFACE = Interface(embed_dim=D, text_width=10, context_length=L, vocab_size=40)
@@ -102,6 +104,110 @@ def test_guidance_zero_ignores_the_caption():
     assert (prior.sample(cond, guided, noise) - prior.sample(other, guided, noise)).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_sampling_equals_plain_steps_of_the_net(scale: float):
+    """The shared prefixes and timesteps of a run change nothing: with null rows and candidates spelt out it is the same."""
+    prior, batch, noise = make(), make_batch(), Noise([1, 2, 3, 4])
+    how = replace(DDIM, num_candidates=3, guidance=Guidance(scale))
+    cond = prior._scaled(prior.cond(batch))
+    halves = Cond.cat(cond, cond)
+    context = prior.net.prepare(halves, Keep.halves(4, torch.device("cpu")))
+    plain = prior.diffusion.denoiser(prior.net, context, shape=(3, D), num_steps=4, guidance=how.guidance)
+    wanted = best_candidate(prior.decode(ddim(plain, noise)), batch.column("text_emb"))
+    assert_close(prior.sample(prior.cond(batch), how, noise), wanted.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_negative_caption_takes_the_place_of_none():
+    prior, batch, noise = make(), make_batch(), Noise([1, 2, 3, 4])
+    cond, guided = prior.cond(batch), replace(DDIM, guidance=Guidance(3.0))
+    against_itself = prior.sample(cond, guided, noise, negative=cond)
+    assert_close(against_itself, prior.sample(cond, DDIM, noise), atol=1e-5, rtol=1e-4)
+    assert (prior.sample(cond, guided, noise) - against_itself).abs().max() > 1e-3
+
+
+def test_with_the_text_side_nulled_the_noised_embedding_still_counts():
+    prior, noise = make(), Noise([1, 2, 3, 4])
+    net, unguided = prior.net, replace(DDIM, num_candidates=1, guidance=Guidance(0.0))
+    run = PriorRun(
+        net,
+        [net.prepare(Cond(text_emb=torch.zeros(4, D), text_seq=torch.zeros(4, 1, 10)), Keep()), net.null_context()],
+        torch.tensor([0, 500, 999]),
+        1,
+    )
+    x_t = noise.normal((1, D), "x_T")
+    moved = run(x_t + 0.1, 1, True)[4:] - run(x_t, 1, True)[4:]
+    assert (moved.abs().amax(dim=(1, 2)) > 1e-4).all()
+    cond = prior.cond(make_batch())
+    drawn = prior.sample(cond, unguided, noise)
+    assert torch.equal(drawn, prior.sample(cond, unguided, noise))
+    assert (drawn - prior.sample(cond, unguided, Noise([5, 6, 7, 8]))).abs().max() > 1e-4
+
+
+def test_a_limited_prior_stays_in_its_range():
+    """Static thresholding: guidance far out drives x0 beyond the range, and is held there."""
+    free = DiffusionConfig(predict=Predict.x0)
+    far = PriorSampling(SamplerConfig(Sampler.ddim, 4), Guidance(200.0), num_candidates=1)
+    largest = []
+    for cfg in (free, replace(free, clip_range=0.7)):
+        prior = make(diffusion=cfg, embedding_space=EmbeddingSpace.whitened)
+        with torch.no_grad():
+            prior.net.proj_to_clip_embeddings.weight.normal_()
+        largest.append(prior.sample(prior.cond(make_batch()), far, Noise([1, 2, 3, 4])).abs().max())
+    assert largest[0] > 1
+    assert largest[1] <= 0.7
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        DiffusionConfig(predict=Predict.eps),
+        DiffusionConfig(predict=Predict.v),
+        DiffusionConfig(schedule=ScheduleName.flow, predict=Predict.flow),
+        DiffusionConfig(predict=Predict.x0, self_conditioning=True),
+    ],
+    ids=["eps", "v", "flow", "self-conditioning"],
+)
+def test_other_parametrisations_learn_too(cfg: DiffusionConfig):
+    prior, data = make(PriorText.tokens, diffusion=cfg, num_draws=32).train(), make_batch(4)
+    optimizer = torch.optim.AdamW(prior.parameters(), lr=5e-3)
+    for step in range(150):
+        batch = replace(data, position=list(range(4 * step, 4 * step + 4)))
+        optimizer.zero_grad()
+        prior.losses(batch, Noise.at(0, batch.position))["mse"].backward()
+        assert all(p.grad is not None for p in prior.parameters())
+        optimizer.step()
+    drawn = prior.eval().sample(prior.cond(data), PriorSampling(SamplerConfig(Sampler.ddim, 20)), Noise(range(4)))
+    assert (drawn * F.normalize(data.column("image_emb"), dim=1)).sum(1).mean() > 0.5
+
+
+def test_gathered_variances_are_those_of_an_exact_prior():
+    """A net that knows the spread of its data: Var[x0 | x_t] = 1 / (1/s² + SNR), up to the average over the rows."""
+    prior, std = (
+        make(diffusion=DiffusionConfig(predict=Predict.x0, num_timesteps=40), embedding_space=EmbeddingSpace.whitened),
+        0.5,
+    )
+    schedule = prior.diffusion.schedule
+
+    class Exact(torch.nn.Module):
+        def prepare(self, cond, keep):
+            return None
+
+        def forward(self, x_t, timestep, context):
+            snr, alpha = schedule.snr[timestep][..., None], schedule.alpha[timestep][..., None]
+            return x_t / alpha * snr / (std**-2 + snr)
+
+    prior.net = Exact()  # type: ignore[assignment]
+    batches = []
+    for part in range(4):
+        noise = Noise.at(0, range(500 * part, 500 * part + 500))
+        z = std * noise.normal((D,), "data")
+        batches.append((Batch(position=[0] * 500, image_emb=z, text_emb=z), noise))
+    prior.gather(batches)
+    exact = 1 / (std**-2 + schedule.snr)
+    assert_close(prior.x0_var[:20], exact[:20], rtol=0.05, atol=0)
+    assert (prior.x0_var <= 1.05 * std**2).all(), "never more than the data's own variance"
+
+
 def test_dropped_captions_leave_the_loss_and_undropped_enter_it():
     batch, noise = make_batch(), Noise([1, 2, 3, 4])
     other = replace(batch, text_emb=batch.text_emb.flip(0), text_seq=batch.text_seq.flip(0))
@@ -109,6 +215,33 @@ def test_dropped_captions_leave_the_loss_and_undropped_enter_it():
         prior = make(drop_text=rate)
         difference = (prior.losses(batch, noise)["mse"] - prior.losses(other, noise)["mse"]).abs()
         assert (difference < 1e-6) == same
+
+
+@pytest.mark.parametrize("options", [{}, {"qk_norm": True}], ids=str)
+def test_the_draws_of_a_caption_count_as_separate_sequences(options: dict):
+    """Loss and gradients of K draws are the mean over K sequences of their own, not the sum."""
+    batch, noise, K = make_batch(), Noise([1, 2, 3, 4]), 3
+    prior = make(num_draws=K)
+    prior.net = PriorNet(replace(prior.cfg.net, **options), prior.net.widths)
+    prior.losses(batch, noise)["mse"].backward()
+    together = {name: p.grad.clone() for name, p in prior.named_parameters() if p.grad is not None}
+    loss = prior.losses(batch, noise)["mse"]
+
+    prior.zero_grad()
+    keep = Keep(text=noise.uniform((), "drop text") >= prior.cfg.drop_text)
+    x0 = prior.encode(batch.column("image_emb"))
+    step, eps = prior.diffusion.draw_steps(noise, K), noise.normal((K, D), "eps")
+    apart = []
+    for k in range(K):
+        context = prior.net.prepare(prior._scaled(prior.cond(batch)), keep)
+        x_t = prior.diffusion.schedule.q_sample(step[:, k], x0, eps[:, k])
+        apart.append((prior.net(x_t, step[:, k], context) - x0).square().mean())
+    torch.stack(apart).mean().backward()
+    assert_close(loss, torch.stack(apart).mean(), atol=1e-6, rtol=1e-5)
+    assert set(together) == {name for name, p in prior.named_parameters() if p.grad is not None}
+    for name, p in prior.named_parameters():
+        if p.grad is not None:
+            assert_close(together[name], p.grad, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_several_draws_share_a_caption():
@@ -164,6 +297,12 @@ def test_it_learns_which_picture_belongs_to_a_caption():
 def test_refused_settings():
     with pytest.raises(ValueError, match="whitening sets the scale"):
         DiffusionPriorConfig(embedding_space=EmbeddingSpace.whitened, embedding_scale=3.0)
+    with pytest.raises(ValueError, match="remove it, or set embedding_space=pca"):
+        DiffusionPriorConfig(num_components=3)
+    with pytest.raises(ValueError, match=f"num_components=13 of embeddings of width {D}; take fewer"):
+        make(embedding_space=EmbeddingSpace.pca, num_components=13)
+    with pytest.raises(ValueError, match="analytic is for diffusion priors"):
+        DiffusionSampling(SamplerConfig(Sampler.analytic))
     with pytest.raises(ValueError, match="no learned variance"):
         DiffusionPriorConfig(diffusion=DiffusionConfig(learned_variance=True, clip_range=1.0))
     with pytest.raises(ValueError, match="num_candidates is 0"):

@@ -209,6 +209,23 @@ def measure(
     measure_runs(runs, data_path, judge, num=num, seed=seed, batch_size=batch_size)
 
 
+@app.command("prior-stats")
+def prior_stats(
+    run: Annotated[Path, typer.Argument(exists=True, help="Run or artifact of a diffusion prior.")],
+    num: Annotated[int, typer.Option(min=1, help="Training samples to average over.")] = 256,
+    data_path: Annotated[
+        Path | None, typer.Option("--data", help="Data set to take instead of the one it was trained on.")
+    ] = None,
+    embeddings: Annotated[Path | None, typer.Option(help="Embeddings of that data set.")] = None,
+    seed: Seed = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples looked at together.")] = 64,
+) -> None:
+    """Gather what a diffusion prior needs for sampler.name=analytic, into its artifact; its lineage stays whole."""
+    from unclip.cli.prior_stats import add_statistics
+
+    add_statistics(run, num=num, seed=seed, batch_size=batch_size, data=data_path, embeddings=embeddings)
+
+
 @app.command("zero-shot")
 def zero_shot(
     clip: Annotated[Path, typer.Option(exists=True, help="Run or artifact of the CLIP.")],

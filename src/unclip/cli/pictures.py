@@ -17,7 +17,7 @@ from unclip.data.shards import Shards
 from unclip.data.transforms import load_image
 from unclip.errors import ConfigError
 from unclip.evaluation.sheet import draw_gallery, draw_table, save_picture
-from unclip.models.sampling import PriorSampling
+from unclip.models.sampling import NoSampling, PriorSampling
 from unclip.pipeline import Picture, Sampling, UnCLIP
 
 
@@ -34,14 +34,23 @@ class Overrides:
 
     def apply(self, pipeline: UnCLIP) -> Sampling:
         """The artifacts' own settings with these in their place."""
-        prior: PriorSampling = _changed(pipeline, "prior", self.prior_steps, self.prior_guidance)
-        if self.candidates is not None:
-            prior = replace(prior, num_candidates=self.candidates)
         upsampler = None
         if self.upsampler_steps is not None and pipeline.upsamplers:
             upsampler = _changed(pipeline, pipeline.upsamplers[0], self.upsampler_steps, None)
         decoder = _changed(pipeline, "decoder", self.decoder_steps, self.decoder_guidance)
-        return Sampling(prior=prior, decoder=decoder, upsampler=upsampler)
+        return Sampling(prior=self._prior(pipeline), decoder=decoder, upsampler=upsampler)
+
+    def _prior(self, pipeline: UnCLIP) -> PriorSampling | NoSampling:
+        if isinstance(pipeline.models["prior"].default_sampling(), NoSampling):
+            if self.candidates is not None or self.prior_steps is not None or self.prior_guidance is not None:
+                name = pipeline.manifests["prior"].model
+                raise ConfigError(
+                    f"the prior of this chain, a {name}, has one answer for a caption: leave out --candidates, "
+                    "--prior-steps and --prior-guidance"
+                )
+            return NoSampling()
+        prior: PriorSampling = _changed(pipeline, "prior", self.prior_steps, self.prior_guidance)
+        return prior if self.candidates is None else replace(prior, num_candidates=self.candidates)
 
 
 def _changed(pipeline: UnCLIP, stage: str, steps: int | None, scale: float | None) -> Any:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from unclip import artifact
 from unclip.data.ahead import PREFETCH, Batches
 from unclip.data.batch import Batch
 from unclip.data.embeddings import Embeddings, lengths
@@ -22,10 +24,11 @@ from unclip.data.order import Order, share
 from unclip.data.pictures import Pictures
 from unclip.data.places import is_remote, is_stream_only
 from unclip.data.remote import MissingError
-from unclip.data.settings import DataConfig
+from unclip.data.settings import DataConfig, TextStates
 from unclip.data.shards import Shards
 from unclip.data.stream import Decode, Decoded, DecodeItem, Encoded, Stream, taken
 from unclip.errors import ConfigError, DataError
+from unclip.models.clip import CLIP
 from unclip.models.interface import Interface
 
 log = logging.getLogger(__name__)
@@ -37,7 +40,7 @@ Tokenize = Callable[[list[str]], Tensor]
 class Split:
     """One split, able to make the batch of any samples. ``needs`` names the columns of :class:`Batch` to fill.
 
-    ``text_seq`` is filled where the embeddings hold it. Tokens come from the embeddings, or from ``tokenize``.
+    Tokens come from the embeddings, or from ``tokenize``.
     """
 
     def __init__(self, cfg: DataConfig, split: str, needs: Collection[str], tokenize: Tokenize | None) -> None:
@@ -90,10 +93,13 @@ class Split:
                 raise ConfigError(f"this stage needs {missing}; run unclip-embed and set data.embeddings to its folder")
             return []
         has = self.embeddings.columns
-        missing = [column for column in wanted if column not in has and column != "text_seq"]
+        missing = [column for column in wanted if column not in has]
         if missing:
-            raise ConfigError(f"{self.embeddings.folder} lacks the columns {missing}; embed again with columns=[…]")
-        return [column for column in wanted if column in has]
+            live = ", or take data.text_states=live data.clip=CLIP" if missing == ["text_seq"] else ""
+            raise ConfigError(
+                f"{self.embeddings.folder} lacks the columns {missing}; embed again with columns=[…]{live}"
+            )
+        return wanted
 
 
 class UnclipData(pl.LightningDataModule):
@@ -113,7 +119,9 @@ class UnclipData(pl.LightningDataModule):
         if not cfg.path:
             raise ConfigError("data.path is not set; give the folder that holds the splits: data.path=…")
         self.cfg, self.seed, self.batch_size = cfg, seed, batch_size
-        self.needs, self.tokenize = tuple(needs), tokenize
+        self.tokenize = tokenize
+        self._live = cfg.text_states is TextStates.live and "text_seq" in needs
+        self.needs = tuple(name for name in needs if name != "text_seq") if self._live else tuple(needs)
         self.rank, self.world_size = 0, 1
         self._start = 0
         self._splits: dict[str, Split] = {}
@@ -122,6 +130,26 @@ class UnclipData(pl.LightningDataModule):
         self.num_read, self.num_replaced = 0, 0  # samples that arrived in this process, and those that others replaced
         self._damaged: list[str] = []
         self._before = [0, 0]  # read and replaced by all ranks when the run was resumed
+        self._clip = self._text_tower() if self._live else None
+
+    def _text_tower(self) -> CLIP:
+        model, manifest = artifact.load(str(self.cfg.clip), kind="clip")
+        if manifest.hash != self.interface.clip:
+            raise ConfigError(
+                f"data.clip={self.cfg.clip} is CLIP {manifest.hash[:8]} but {self.cfg.embeddings} holds embeddings of CLIP "
+                f"{self.interface.clip[:8]}; give the CLIP that made the embeddings"
+            )
+        assert isinstance(model, CLIP)
+        return model
+
+    @torch.no_grad()
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """With live states: the batch with its ``text_seq``, made on the device that the batch is on."""
+        if self._clip is None:
+            return batch
+        tokens = batch.column("tokens")
+        with nullcontext() if self.trainer is None else self.trainer.precision_plugin.forward_context():
+            return replace(batch, text_seq=self._clip.to(tokens.device).encode_text(tokens)[1].float())
 
     @property
     def interface(self) -> Interface:
@@ -271,7 +299,7 @@ class UnclipData(pl.LightningDataModule):
             return self._decode(pictures=True)(next(taken(stream, count, 0)), range(count))
         split = Split(replace(self.cfg, cache=False), name, {*self.needs, "image"}, self.tokenize)
         samples = np.arange(min(count, len(split.shards)))
-        return split.batch(samples, samples.tolist())
+        return self.on_after_batch_transfer(split.batch(samples, samples.tolist()), 0)
 
     def _stream_loader(self, shards: list[str]) -> DataLoader:
         """One thread reads the shards, whatever the number of workers, which decode only."""

@@ -1,6 +1,7 @@
 """The settings of a run's data."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from unclip.config import FREE
 from unclip.data.mixture import Mixture
@@ -18,6 +19,13 @@ class SourceConfig:
     weight: float = 1.0
 
 
+class TextStates(Enum):
+    """Where the caption's states come from: a column of the embeddings, or the frozen CLIP's text tower at every step."""
+
+    stored = "stored"
+    live = "live"
+
+
 @dataclass
 class DataConfig:
     """Where samples come from. ``path`` holds one folder of shards per split, ``embeddings`` what unclip-embed wrote.
@@ -29,6 +37,7 @@ class DataConfig:
     pictures in memory. ``num_workers`` 0 prepares batches in a thread, which is best on few cores. ``max_val`` samples
     of validation, spread evenly over the split; ``val_split`` null switches validation off. ``neighbours`` samples that
     stand side by side in a shard stay together in the shuffle: hard negatives for CLIP where the data is written so.
+    ``text_states`` live takes the CLIP run or artifact ``clip``, which must be the one behind the embeddings.
 
     ``path`` may lie behind an URL (s3://, http://), and may name the shards of the training split themselves, by braces
     or as a list; ``val_path`` is the data set of the validation split where that is another. Such shards without an index,
@@ -42,6 +51,8 @@ class DataConfig:
     weight: float = 1.0
     others: list[SourceConfig] = field(default_factory=list)
     image_size: int | None = None
+    text_states: TextStates = TextStates.stored
+    clip: str | None = None
     train_split: str = "train"
     neighbours: int = 1
     val_split: str | None = field(default="val", metadata=FREE)
@@ -59,6 +70,8 @@ class DataConfig:
             raise ConfigError(
                 f"data.max_val={self.max_val} must be positive; data.val_split=null switches validation off"
             )
+        if (self.text_states is TextStates.live) != (self.clip is not None):
+            raise ConfigError("data.text_states=live and data.clip=RUN belong together; give both or neither")
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers={self.num_workers} must not be negative")
         Mixture(self.weights, seed=0)  # refuses useless weights before anything is read

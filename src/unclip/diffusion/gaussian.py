@@ -13,15 +13,20 @@ from unclip.diffusion.noise import Noise
 from unclip.diffusion.schedule import NoiseSchedule, ScheduleName, make_schedule
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, sec. 3.4
+STEPS_AT_ONCE = 25  # noise levels of one sample that the network sees together when statistics are gathered
 VLB_WEIGHT = 0.001  # lambda of L_hybrid (Nichol & Dhariwal 2021, eq. 16)
 
 
 class Predict(Enum):
-    """What the network's output means; v = alpha eps - sigma x0 (Salimans & Ho 2022)."""
+    """What the network's output means.
+
+    v: alpha eps - sigma x0 (Salimans & Ho 2022). flow: eps - x0, the velocity of flow matching (Lipman et al. 2023).
+    """
 
     eps = "eps"
     x0 = "x0"
     v = "v"
+    flow = "flow"
 
 
 class Weighting(Enum):
@@ -58,6 +63,8 @@ class DiffusionConfig:
     """Predicted x0 is limited to [-clip_range, clip_range] in sampling: 1.0 for pictures; None: unlimited."""
     float32_tables: bool = False
     """Compute the schedule in float32, as Karlo and diffusers do: for models imported from there."""
+    self_conditioning: bool = False
+    """The network also sees its last prediction of x0, in training every other time (Chen et al. 2023). Prior only."""
 
     def __post_init__(self) -> None:
         if self.num_timesteps < 1:
@@ -76,6 +83,24 @@ class DiffusionConfig:
                 raise ValueError("eps says nothing about x0 at zero SNR: set predict=v or x0, or schedule=cosine")
             if self.weighting is Weighting.min_snr:
                 raise ValueError("min_snr never trains the zero-SNR step: set weighting=simple, or schedule=cosine")
+        self._check_flow()
+
+    def _check_flow(self) -> None:
+        is_flow = ScheduleName(self.schedule) is ScheduleName.flow
+        if self.predict is Predict.flow and not is_flow:
+            raise ValueError("predict=flow is the velocity of a straight line: set schedule=flow")
+        if not is_flow:
+            return
+        if self.predict in (Predict.eps, Predict.v):
+            raise ValueError(
+                f"schedule=flow ends in pure noise, on a straight line: set predict=flow or x0, not {self.predict.name}"
+            )
+        if self.learned_variance:
+            raise ValueError("learned variances are bounded by those of the cosine and linear schedules, not of flow")
+        if self.weighting is not Weighting.simple:
+            raise ValueError(
+                f"schedule=flow is trained with equal weights: set weighting=simple, not {self.weighting.name}"
+            )
 
 
 class Context(Protocol):
@@ -85,14 +110,25 @@ class Context(Protocol):
 
 
 class Net(Protocol):
-    """A network's forward: x_t (B, ...), timestep (B,) or (B, K), its context -> prediction, shaped like x_t."""
+    """A network's forward: x_t (B, ...), timestep (B,) or (B, K), its context -> prediction, shaped like x_t.
 
-    def __call__(self, x_t: Tensor, timestep: Tensor, context: Any, /) -> Tensor: ...
+    With self-conditioning it also gets the last predicted x0 (zeros where there is none), shaped like x_t.
+    """
+
+    def __call__(self, x_t: Tensor, timestep: Tensor, context: Any, /, *x0_last: Tensor) -> Tensor: ...
+
+
+class Branches(Protocol):
+    """A network with its conditions, made ready for the steps of one sampling run."""
+
+    def __call__(self, x_t: Tensor, step: int, guided: bool, /, *x0_last: Tensor) -> Tensor:
+        """The output for x_t (B, ...) at a step of the run's schedule; guided: 2B rows, the unconditional ones last."""
+        ...
 
 
 @dataclass
 class Prediction:
-    """x0 (B, ...) and, for learned variances, log_var of p(x_{t-1} | x_t), shaped alike."""
+    """x0 (B, ...) and, for learned or analytic variances, log_var of p(x_{t-1} | x_t), which broadcasts against it."""
 
     x0: Tensor
     log_var: Tensor | None = None
@@ -101,13 +137,14 @@ class Prediction:
 class Denoiser(Protocol):
     """All that a sampler knows: a schedule of len(schedule) steps, the shape of one sample, and x_t -> x0.
 
-    `step` is a Python int, one for the whole batch, so a sampling loop never waits for the device.
+    `step` is a Python int, one for the whole batch, so a sampling loop never waits for the device. `last` is the
+    prediction of the step before, for self-conditioning.
     """
 
     schedule: NoiseSchedule
     shape: tuple[int, ...]
 
-    def __call__(self, x_t: Tensor, step: int) -> Prediction: ...
+    def __call__(self, x_t: Tensor, step: int, last: Prediction | None = None) -> Prediction: ...
 
 
 class GaussianDiffusion:
@@ -136,7 +173,9 @@ class GaussianDiffusion:
         eps = noise.normal(tuple(x0.shape[1:]), "eps")
         x_t = schedule.q_sample(step, x0, eps)
 
-        output, fraction = self.split(net(x_t, schedule.timesteps[step], context))
+        timestep = schedule.timesteps[step]
+        x0_last = self._own_prediction(net, step, x_t, context, noise)
+        output, fraction = self.split(net(x_t, timestep, context, *x0_last))
         error = (output - self.target(step, x0, eps)) ** 2
         terms = {"mse": (self.weight(step) * error.flatten(step.ndim).mean(-1)).mean()}
         if fraction is not None:
@@ -146,6 +185,33 @@ class GaussianDiffusion:
             terms["vlb"] = VLB_WEIGHT * len(schedule) * bound.mean()
         return terms
 
+    @torch.no_grad()
+    def eps_squares(self, net: Net, x0: Tensor, context: Any, noise: Noise) -> Tensor:
+        """(B, T) mean square of the predicted eps at every training step, each with a draw of its own, for x0 (B, D)."""
+        self.schedule = schedule = self.schedule.to(x0.device)
+        found = []
+        for steps in torch.arange(len(schedule), device=x0.device).split(STEPS_AT_ONCE):
+            step = steps.expand(len(x0), -1)
+            drawn = noise.normal((len(steps), x0.shape[-1]), f"eps of {STEPS_AT_ONCE} steps, part {len(found)}")
+            x_t = schedule.q_sample(step, x0[:, None], drawn)
+            output, _ = self.split(net(x_t, schedule.timesteps[step], context))
+            x0_pred = Guidance().limit(self.to_x0(schedule, step, output, x_t), self.cfg.clip_range)
+            found.append(schedule.eps_from_x0(step, x0_pred, x_t).square().mean(-1))
+        return torch.cat(found, dim=1)
+
+    @torch.no_grad()
+    def _own_prediction(
+        self, net: Net, step: Tensor, x_t: Tensor, context: Any, noise: Noise
+    ) -> tuple[()] | tuple[Tensor]:
+        """For self-conditioning: the x0 that the network predicts without it for half of the rows, zeros for the others."""
+        if not self.cfg.self_conditioning:
+            return ()
+        nothing = torch.zeros_like(x_t)
+        output, _ = self.split(net(x_t, self.schedule.timesteps[step], context, nothing))
+        x0 = self.to_x0(self.schedule, step, output, x_t)
+        half = noise.uniform(tuple(step.shape[1:]), "self-conditioning") < 0.5
+        return (torch.where(half.reshape(half.shape + (1,) * (x_t.ndim - half.ndim)), x0, nothing),)
+
     def denoiser(
         self, net: Net, context: Context, *, shape: tuple[int, ...], num_steps: int, guidance: Guidance | None = None
     ) -> "NetDenoiser":
@@ -154,10 +220,26 @@ class GaussianDiffusion:
         context: B rows, or for guidance 2B, the conditional ones first. Raises ValueError for too many steps, and for
         dynamic thresholding of a model without clip_range.
         """
+        schedule = self.schedule.respaced(num_steps)
+        return self.denoiser_of(NetBranches(net, context, schedule), schedule, shape=shape, guidance=guidance)
+
+    def denoiser_of(
+        self,
+        branches: Branches,
+        schedule: NoiseSchedule,
+        *,
+        shape: tuple[int, ...],
+        guidance: Guidance | None = None,
+        x0_var: Tensor | None = None,
+    ) -> "NetDenoiser":
+        """As `denoiser`, of a network that prepared itself for the steps of ``schedule``.
+
+        x0_var: (T,) Var[x0 | x_t] at every training step, a number's average: gives analytic variances.
+        """
         guidance = guidance or Guidance()
         if guidance.threshold is Threshold.dynamic and self.cfg.clip_range is None:
             raise ValueError("dynamic thresholding needs a known range: set guidance.threshold=none, or clip_range")
-        return NetDenoiser(self, net, context, shape, self.schedule.respaced(num_steps), guidance)
+        return NetDenoiser(self, branches, shape, schedule, guidance, x0_var)
 
     def draw_steps(self, noise: Noise, num_draws: int | None = None) -> Tensor:
         """(B,) or (B, num_draws) int64: training steps, uniform over the schedule."""
@@ -182,6 +264,8 @@ class GaussianDiffusion:
                 return x0
             case Predict.v:
                 return self.schedule.v_target(step, x0, eps)
+            case Predict.flow:
+                return eps - x0
 
     def to_x0(self, schedule: NoiseSchedule, step: int | Tensor, output: Tensor, x_t: Tensor) -> Tensor:
         """The x0 that the network's output stands for."""
@@ -192,6 +276,8 @@ class GaussianDiffusion:
                 return output
             case Predict.v:
                 return schedule.x0_from_v(step, output, x_t)
+            case Predict.flow:
+                return schedule.x0_from_flow(step, output, x_t)
 
     def weight(self, step: Tensor) -> Tensor:
         """The squared error's weight at each step, shaped like step. The clamped SNR is the weight of the error in x0;
@@ -208,44 +294,59 @@ class GaussianDiffusion:
                 return weight
             case Predict.v:
                 return weight / (snr + 1)
+            case Predict.flow:
+                raise AssertionError("flow has equal weights")
+
+
+class NetBranches:
+    """The general case: one forward, of 2B rows where guidance acts, of B elsewhere."""
+
+    def __init__(self, net: Net, context: Context, schedule: NoiseSchedule) -> None:
+        self.net, self.context, self.schedule = net, context, schedule
+
+    def __call__(self, x_t: Tensor, step: int, guided: bool, /, *x0_last: Tensor) -> Tensor:
+        self.schedule = self.schedule.to(x_t.device)
+        timestep = self.schedule.timesteps[step].expand((1 + guided) * len(x_t))
+        if not guided:
+            return self.net(x_t, timestep, self.context.first(len(x_t)), *x0_last)
+        return self.net(torch.cat([x_t, x_t]), timestep, self.context, *(torch.cat([x, x]) for x in x0_last))
 
 
 class NetDenoiser:
-    """A network, its context and its guidance, bound to one respaced schedule."""
+    """A network, its conditions and its guidance, bound to one respaced schedule."""
 
     def __init__(
         self,
         diffusion: GaussianDiffusion,
-        net: Net,
-        context: Context,
+        branches: Branches,
         shape: tuple[int, ...],
         schedule: NoiseSchedule,
         guidance: Guidance,
+        x0_var: Tensor | None,
     ) -> None:
-        self.diffusion, self.net, self.context = diffusion, net, context
-        self.shape, self.schedule, self.guidance = shape, schedule, guidance
+        self.diffusion, self.branches, self.shape, self.schedule = diffusion, branches, shape, schedule
+        self.guidance = guidance
+        self.x0_var = None if x0_var is None else x0_var[schedule.timesteps.to(x0_var.device)]
 
-    def __call__(self, x_t: Tensor, step: int) -> Prediction:
-        """x_t (B, *shape) at a step of the schedule. One forward: of 2B rows where guidance acts, of B elsewhere."""
+    def __call__(self, x_t: Tensor, step: int, last: Prediction | None = None) -> Prediction:
+        """x_t (B, *shape) at a step of the schedule. The guided variance is the conditional one: there is no guided one."""
         self.schedule = schedule = self.schedule.to(x_t.device)
-        output, fraction = self._guided(x_t, step) if self._acts(step) else self._plain(x_t, step)
+        guided = self.guidance.acts(step, len(schedule))
+        x0_last = ()
+        if self.diffusion.cfg.self_conditioning:
+            x0_last = (torch.zeros_like(x_t) if last is None else last.x0,)
+        output, fraction = self.diffusion.split(self.branches(x_t, step, guided, *x0_last))
+        if guided:
+            output = self.guidance.combine(*output.chunk(2))
         x0 = self.diffusion.to_x0(schedule, step, output, x_t)
-        log_var = None if fraction is None else schedule.interpolated_log_var(step, fraction)
-        return Prediction(self.guidance.limit(x0, self.diffusion.cfg.clip_range), log_var)
+        return Prediction(
+            self.guidance.limit(x0, self.diffusion.cfg.clip_range), self._log_var(step, fraction, len(x_t))
+        )
 
-    def _acts(self, step: int) -> bool:
-        return self.guidance.acts(step, len(self.schedule))
-
-    def _plain(self, x_t: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        timestep = self.schedule.timesteps[step].expand(len(x_t))
-        return self.diffusion.split(self.net(x_t, timestep, self.context.first(len(x_t))))
-
-    def _guided(self, x_t: Tensor, step: int) -> tuple[Tensor, Tensor | None]:
-        """The guided prediction, with the conditional branch's variance: there is no guided one."""
-        timestep = self.schedule.timesteps[step].expand(2 * len(x_t))
-        output, fraction = self.diffusion.split(self.net(torch.cat([x_t, x_t]), timestep, self.context))
-        cond, null = output.chunk(2)
-        return self.guidance.combine(cond, null), None if fraction is None else fraction[: len(x_t)]
+    def _log_var(self, step: int, fraction: Tensor | None, rows: int) -> Tensor | None:
+        if self.x0_var is not None:
+            return self.schedule.analytic_log_var(step, self.x0_var[step])
+        return None if fraction is None else self.schedule.interpolated_log_var(step, fraction[:rows])
 
 
 def variational_bound(

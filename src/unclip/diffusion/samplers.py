@@ -6,15 +6,19 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from unclip.diffusion.gaussian import Denoiser
+from unclip.diffusion.gaussian import Denoiser, Prediction
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.schedule import NoiseSchedule
 
 
 class Sampler(Enum):
-    """ancestral: Ho et al. 2020; ddim: Song et al. 2021; dpmpp_2m: Lu et al. 2022."""
+    """ancestral: Ho et al. 2020; ddim: Song et al. 2021; dpmpp_2m: Lu et al. 2022.
+
+    analytic: ancestral with the best variance (Bao et al. 2022), of which `unclip prior-stats` gathers the statistics.
+    """
 
     ancestral = "ancestral"
+    analytic = "analytic"
     ddim = "ddim"
     dpmpp_2m = "dpmpp_2m"
 
@@ -45,7 +49,7 @@ def sample(cfg: SamplerConfig, denoiser: Denoiser, noise: Noise, *, x_T: Tensor 
             "make it with num_steps=cfg.num_steps"
         )
     match cfg.name:
-        case Sampler.ancestral:
+        case Sampler.ancestral | Sampler.analytic:
             return ancestral(denoiser, noise, x_T=x_T)
         case Sampler.ddim:
             return ddim(denoiser, noise, eta=cfg.eta or 0.0, x_T=x_T)
@@ -57,11 +61,12 @@ def sample(cfg: SamplerConfig, denoiser: Denoiser, noise: Noise, *, x_T: Tensor 
 def ancestral(denoiser: Denoiser, noise: Noise, *, x_T: Tensor | None = None) -> Tensor:
     """x_{t-1} from N(posterior mean at the predicted x0, variance) (Ho et al. 2020, algorithm 2).
 
-    The variance is the denoiser's own where it has one, else the smaller bound beta~ (eq. 7).
+    The variance is the denoiser's own (learned or analytic) where it has one, else the smaller bound beta~ (eq. 7).
     """
     x_t, schedule = _start(denoiser, noise, x_T)
+    prediction: Prediction | None = None
     for step in reversed(range(len(schedule))):
-        prediction = denoiser(x_t, step)
+        prediction = denoiser(x_t, step, prediction)
         posterior = schedule.posterior(step, prediction.x0, x_t)
         log_var = posterior.log_var if prediction.log_var is None else prediction.log_var
         x_t = posterior.mean
@@ -74,8 +79,10 @@ def ancestral(denoiser: Denoiser, noise: Noise, *, x_T: Tensor | None = None) ->
 def ddim(denoiser: Denoiser, noise: Noise, *, eta: float = 0.0, x_T: Tensor | None = None) -> Tensor:
     """x_{t-1} = alpha' x0 + sqrt(sigma'² - s²) eps + s z, where s = eta sqrt(beta~) (Song et al. 2021, eq. 12, 16)."""
     x_t, schedule = _start(denoiser, noise, x_T)
+    prediction: Prediction | None = None
     for step in reversed(range(len(schedule))):
-        x0 = denoiser(x_t, step).x0
+        prediction = denoiser(x_t, step, prediction)
+        x0 = prediction.x0
         eps = schedule.eps_from_x0(step, x0, x_t)
         var = eta**2 * schedule.posterior_var[step]
         x_t = schedule.alpha_prev[step] * x0 + (schedule.sigma_prev[step] ** 2 - var).clamp(min=0).sqrt() * eps
@@ -93,15 +100,16 @@ def dpmpp_2m(denoiser: Denoiser, noise: Noise, *, x_T: Tensor | None = None) -> 
     """
     x_t, schedule = _start(denoiser, noise, x_T)
     lam = schedule.half_log_snr
-    last: Tensor | None = None
+    last: Prediction | None = None
     for step in reversed(range(1, len(schedule))):
-        x0 = denoiser(x_t, step).x0
+        prediction = denoiser(x_t, step, last)
+        x0 = prediction.x0
         h = lam[step - 1] - lam[step]
-        slope = 0 if last is None or step == 1 else (x0 - last) * (0.5 * h / (lam[step] - lam[step + 1]))
+        slope = 0 if last is None or step == 1 else (x0 - last.x0) * (0.5 * h / (lam[step] - lam[step + 1]))
         ratio = schedule.sigma_prev[step] / schedule.sigma[step]
         x_t = ratio * x_t - schedule.alpha_prev[step] * torch.expm1(-h) * (x0 + slope)
-        last = x0
-    return denoiser(x_t, 0).x0
+        last = prediction
+    return denoiser(x_t, 0, last).x0
 
 
 def _start(denoiser: Denoiser, noise: Noise, x_T: Tensor | None) -> tuple[Tensor, NoiseSchedule]:

@@ -12,11 +12,15 @@ Step = int | Tensor  # index of a schedule, 0 = cleanest; one int for all rows, 
 
 
 class ScheduleName(Enum):
-    """cosine: Nichol & Dhariwal 2021; linear: Ho et al. 2020; cosine_zero_snr: cosine, but ending in pure noise."""
+    """cosine: Nichol & Dhariwal 2021; linear: Ho et al. 2020; cosine_zero_snr: cosine, but ending in pure noise.
+
+    flow: the straight line x_t = (1 - t) x0 + t eps of flow matching (Lipman et al. 2023; Liu et al. 2023).
+    """
 
     cosine = "cosine"
     linear = "linear"
     cosine_zero_snr = "cosine_zero_snr"
+    flow = "flow"
 
 
 @dataclass
@@ -32,17 +36,34 @@ class Posterior:
 
 
 class NoiseSchedule:
-    """A variance-preserving process q(x_t | x0) = N(alpha x0, sigma² I), alpha² = 1 - sigma² (Ho et al. 2020, eq. 4).
+    """A process q(x_t | x0) = N(alpha x0, sigma² I), by default variance-preserving: alpha² = 1 - sigma² (Ho et al. 2020).
 
     Every table has one float32 entry per step, 0 = cleanest; `*_prev` is the next cleaner step's, at step 0 the data's.
-    Tables are computed in the dtype of their sources: float64 keeps 1 - alpha_bar exact where it is tiny.
+    `alpha_bar` is alpha², `beta` the variance of q(x_t | x_{t-1}). Tables are computed in the dtype of their sources:
+    float64 keeps 1 - alpha_bar exact where it is tiny.
     """
 
-    def __init__(self, alpha_bar: Tensor, beta: Tensor, timesteps: Tensor, device: torch.device | str = "cpu") -> None:
-        """alpha_bar, beta: (N,) float64 or float32 on the CPU; timesteps: (N,) int64, what the network is told."""
+    def __init__(
+        self,
+        alpha_bar: Tensor,
+        beta: Tensor,
+        timesteps: Tensor,
+        device: torch.device | str = "cpu",
+        noise: Tensor | None = None,
+    ) -> None:
+        """alpha_bar, beta: (N,) float64 or float32 on the CPU; timesteps: (N,) int64, what the network is told.
+
+        noise: (N,) sigma², where it is not 1 - alpha_bar.
+        """
         self._sources = (alpha_bar, beta, timesteps)
+        self._noise = noise
         prev = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
-        var = (1 - prev) / (1 - alpha_bar) * beta
+        sigma2, sigma2_prev = 1 - alpha_bar, 1 - prev
+        kept = 1 - beta  # alpha²(t) / alpha²(t - 1)
+        if noise is not None:
+            sigma2, kept = noise, alpha_bar / prev
+            sigma2_prev = torch.cat([torch.zeros_like(noise[:1]), noise[:-1]])
+        var = sigma2_prev / sigma2 * beta
         smallest = var[1:2] if len(var) > 1 else beta[:1]
 
         def table(values: Tensor) -> Tensor:
@@ -50,26 +71,34 @@ class NoiseSchedule:
 
         self.timesteps = timesteps.to(device)
         self.alpha_bar, self.beta = table(alpha_bar), table(beta)
-        self.alpha, self.sigma = table(alpha_bar.sqrt()), table((1 - alpha_bar).sqrt())
-        self.alpha_prev, self.sigma_prev = table(prev.sqrt()), table((1 - prev).sqrt())
-        self.snr = table(alpha_bar / (1 - alpha_bar))
-        self.half_log_snr = table(0.5 * (alpha_bar.log() - (1 - alpha_bar).log()))
+        self.alpha, self.sigma = table(alpha_bar.sqrt()), table(sigma2.sqrt())
+        self.alpha_prev, self.sigma_prev = table(prev.sqrt()), table(sigma2_prev.sqrt())
+        self.snr = table(alpha_bar / sigma2)
+        self.half_log_snr = table(0.5 * (alpha_bar.log() - sigma2.log()))
         self.posterior_var, self.log_beta = table(var), table(beta.log())
         self.posterior_log_var = table(torch.cat([smallest, var[1:]]).log())
-        self.posterior_x0 = table(prev.sqrt() * beta / (1 - alpha_bar))
-        self.posterior_x_t = table((1 - beta).sqrt() * (1 - prev) / (1 - alpha_bar))
+        self.posterior_x0 = table(prev.sqrt() * beta / sigma2)
+        self.posterior_x_t = table(kept.sqrt() * sigma2_prev / sigma2)
 
     @classmethod
     def from_betas(cls, beta: Tensor) -> "NoiseSchedule":
         """beta: (T,) variances of q(x_t | x_{t-1}), in the dtype to compute in."""
         return cls(torch.cumprod(1 - beta, dim=0), beta, torch.arange(len(beta)))
 
+    @classmethod
+    def straight(cls, num_timesteps: int, dtype: torch.dtype) -> "NoiseSchedule":
+        """alpha = 1 - t, sigma = t for t = 1/T, 2/T, ... 1: the last step is pure noise."""
+        sigma = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        alpha_bar, noise = ((1 - sigma) ** 2).to(dtype), (sigma**2).to(dtype)
+        return cls(alpha_bar, _transition_var(alpha_bar, noise), torch.arange(num_timesteps), noise=noise)
+
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
         """This schedule with its tables on `device`; itself when they are there already."""
-        return self if self.timesteps.device == torch.device(device) else NoiseSchedule(*self._sources, device)
+        here = self.timesteps.device == torch.device(device)
+        return self if here else NoiseSchedule(*self._sources, device, self._noise)
 
     def respaced(self, num_steps: int) -> "NoiseSchedule":
         """num_steps evenly strided, rounded steps, 0 and T - 1 included (Nichol & Dhariwal 2021, sec. 4).
@@ -85,6 +114,9 @@ class NoiseSchedule:
         kept = [round(i * stride) for i in range(num_steps)] if num_steps > 1 else [T - 1]
         neighbours = torch.tensor([step - before == 1 for before, step in pairwise([-1, *kept])])
         alpha_bar, beta, timesteps = (source[torch.tensor(kept)] for source in self._sources)
+        if self._noise is not None:
+            noise = self._noise[torch.tensor(kept)]
+            return NoiseSchedule(alpha_bar, _transition_var(alpha_bar, noise), timesteps, self.timesteps.device, noise)
         skipped = 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
         return NoiseSchedule(alpha_bar, torch.where(neighbours, beta, skipped), timesteps, self.timesteps.device)
 
@@ -107,6 +139,18 @@ class NoiseSchedule:
     def x0_from_v(self, step: Step, v: Tensor, x_t: Tensor) -> Tensor:
         """x0 = alpha x_t - sigma v (Salimans & Ho 2022, app. D)."""
         return self._at(self.alpha, step, x_t) * x_t - self._at(self.sigma, step, x_t) * v
+
+    def x0_from_flow(self, step: Step, u: Tensor, x_t: Tensor) -> Tensor:
+        """x0 = x_t - sigma u: the straight line's x_t, with u = eps - x0, solved for x0."""
+        return x_t - self._at(self.sigma, step, x_t) * u
+
+    def analytic_log_var(self, step: int, x0_var: Tensor) -> Tensor:
+        """log(beta~ + c² Var[x0 | x_t]), the best variance of p(x_{t-1} | x_t) (Bao et al. 2022, theorem 1, lambda² = beta~).
+
+        c is the posterior mean's coefficient of x0. It and beta~ are this schedule's, which may be a subsequence; x0_var,
+        a scalar, is a property of x_t alone (section 4).
+        """
+        return (self.posterior_var[step] + self.posterior_x0[step] ** 2 * x0_var).log()
 
     def posterior(self, step: Step, x0: Tensor, x_t: Tensor) -> Posterior:
         """q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 6-7); at step 0 the mean is x0 and the variance 0."""
@@ -138,6 +182,8 @@ def make_schedule(name: ScheduleName | str, num_timesteps: int, *, dtype: torch.
             return NoiseSchedule.from_betas(_cosine_betas(num_timesteps).to(dtype))
         case ScheduleName.cosine_zero_snr:
             return NoiseSchedule.from_betas(_zero_terminal_snr(_cosine_betas(num_timesteps)).to(dtype))
+        case ScheduleName.flow:
+            return NoiseSchedule.straight(num_timesteps, dtype)
 
 
 def _linear_betas(num_timesteps: int) -> Tensor:
@@ -158,3 +204,10 @@ def _zero_terminal_snr(beta: Tensor) -> Tensor:
     alpha = torch.cumprod(1 - beta, dim=0).sqrt()
     alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
     return 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+
+
+def _transition_var(alpha_bar: Tensor, noise: Tensor) -> Tensor:
+    """(N,) variance of q(x_t | x_{t-1}): sigma²(t) - alpha²(t) / alpha²(t - 1) sigma²(t - 1)."""
+    alpha_bar_prev = torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+    noise_prev = torch.cat([torch.zeros_like(noise[:1]), noise[:-1]])
+    return noise - alpha_bar / alpha_bar_prev * noise_prev

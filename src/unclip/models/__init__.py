@@ -4,6 +4,16 @@ from typing import Any
 
 from torch import nn
 
+from unclip.models.baseline_priors import (
+    EclipsePrior,
+    EclipsePriorConfig,
+    IdentityConfig,
+    IdentityPrior,
+    LinearPrior,
+    LinearPriorConfig,
+    MLPPrior,
+    MLPPriorConfig,
+)
 from unclip.models.clip import CLIP, CLIPConfig
 from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
@@ -13,6 +23,10 @@ from unclip.models.upsampler import Upsampler, UpsamplerConfig
 REGISTRY: dict[str, tuple[type[ModelConfig], type[nn.Module]]] = {
     "clip": (CLIPConfig, CLIP),
     "diffusion_prior": (DiffusionPriorConfig, DiffusionPrior),
+    "eclipse_prior": (EclipsePriorConfig, EclipsePrior),
+    "identity": (IdentityConfig, IdentityPrior),
+    "linear_prior": (LinearPriorConfig, LinearPrior),
+    "mlp_prior": (MLPPriorConfig, MLPPrior),
     "decoder": (DecoderConfig, Decoder),
     "upsampler": (UpsamplerConfig, Upsampler),
 }

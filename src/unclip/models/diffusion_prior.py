@@ -1,9 +1,11 @@
 """The diffusion prior: caption and z_t to z_i (paper §2.2)."""
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,21 +13,27 @@ from torch import Tensor, nn
 from unclip.data.batch import Batch
 from unclip.diffusion.gaussian import DiffusionConfig, GaussianDiffusion, Predict
 from unclip.diffusion.noise import Noise
-from unclip.diffusion.samplers import sample
-from unclip.models.decoder import cut_to, guided_context
+from unclip.diffusion.samplers import Sampler, sample
+from unclip.errors import ConfigError
+from unclip.models.decoder import cut_to
 from unclip.models.interface import Interface, PriorConfig
 from unclip.models.sampling import PriorSampling
 from unclip.nets.layers import ClipWidths, Cond, Keep
-from unclip.nets.transformer import PriorNet, PriorNetConfig, PriorText
+from unclip.nets.prior_run import PriorRun
+from unclip.nets.transformer import PriorNet, PriorNetConfig
 
 PAPER_STD = 0.5375  # 17.2 / sqrt(1024): the paper's scale of z_i, as the standard deviation of one of its numbers
 
 
 class EmbeddingSpace(Enum):
-    """The space of the diffused z_i. scaled: unit norm × a constant (paper); whitened: (raw - mean) / std (Karlo)."""
+    """The space of the diffused z_i. scaled: unit norm × a constant (paper); whitened: (raw - mean) / std (Karlo).
+
+    pca: whitened along the ``num_components`` first principal components of the raw z_i; the others stay at their mean.
+    """
 
     scaled = "scaled"
     whitened = "whitened"
+    pca = "pca"
 
 
 @dataclass
@@ -33,7 +41,8 @@ class DiffusionPriorConfig(PriorConfig):
     """A diffusion model over z_i that predicts x0 with a squared error and drops the text side 10 % of the time.
 
     ``embedding_scale`` belongs to the scaled space; its default 0.5375·√d is the paper's 17.2 at d = 1024.
-    ``num_draws`` is the number of noise levels drawn for each caption in training; they share its prefix.
+    ``num_components`` belongs to the pca space (null: all). ``num_draws`` is the number of noise levels drawn for each
+    caption in training; they share its prefix.
     """
 
     net: PriorNetConfig = field(default_factory=PriorNetConfig)
@@ -41,12 +50,17 @@ class DiffusionPriorConfig(PriorConfig):
     sampling: PriorSampling = field(default_factory=PriorSampling)
     embedding_space: EmbeddingSpace = EmbeddingSpace.scaled
     embedding_scale: float | None = None
+    num_components: int | None = None
     drop_text: float = 0.1
     num_draws: int = 1
 
     def __post_init__(self) -> None:
-        if self.embedding_space is EmbeddingSpace.whitened and self.embedding_scale is not None:
+        if self.embedding_space is not EmbeddingSpace.scaled and self.embedding_scale is not None:
             raise ValueError("embedding_scale belongs to embedding_space=scaled; remove it, whitening sets the scale")
+        if self.embedding_space is not EmbeddingSpace.pca and self.num_components is not None:
+            raise ValueError("num_components belongs to embedding_space=pca: remove it, or set embedding_space=pca")
+        if self.num_components is not None and self.num_components < 1:
+            raise ValueError(f"num_components is {self.num_components}; it must be at least 1")
         if self.diffusion.learned_variance:
             raise ValueError("the prior has no learned variance: set diffusion.learned_variance=false")
         if not 0 <= self.drop_text <= 1:
@@ -56,44 +70,70 @@ class DiffusionPriorConfig(PriorConfig):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        caption = {PriorText.none: (), PriorText.tokens: ("tokens",), PriorText.clip_states: ("tokens", "text_seq")}
-        return ("image_emb", "text_emb", *caption[self.net.text])
+        return ("image_emb", "text_emb", *self.net.text.columns)
 
 
 class DiffusionPrior(nn.Module):
     """p(z_i | caption, z_t).
 
-    In the scaled space z_t enters the net at unit norm × √d and ``sample`` returns unit-norm z_i. In the whitened space
-    z_t enters raw and ``sample`` returns raw z_i; ``fit`` must have stored the statistics.
+    In the scaled space z_t enters the net at unit norm × √d and ``sample`` returns unit-norm z_i. In the whitened and pca
+    spaces z_t enters raw and ``sample`` returns raw z_i; ``fit`` must have stored the statistics.
     """
 
     clip_mean: Tensor
     clip_std: Tensor
+    pca_basis: Tensor
+    x0_var: Tensor
 
     def __init__(self, cfg: DiffusionPriorConfig, interface: Interface):
         super().__init__()
         self.cfg, self.interface = cfg, interface
+        if (cfg.num_components or 0) > interface.embed_dim:
+            raise ValueError(
+                f"num_components={cfg.num_components} of embeddings of width {interface.embed_dim}; take fewer"
+            )
+        self.num_channels = cfg.num_components or interface.embed_dim
         self.diffusion = GaussianDiffusion(cfg.diffusion)
         widths = ClipWidths(interface.embed_dim, interface.text_width, interface.context_length, interface.vocab_size)
-        self.net = PriorNet(cfg.net, widths)
+        self.net = PriorNet(cfg.net, widths, self.num_channels, cfg.diffusion.self_conditioning)
         self.register_buffer("clip_mean", torch.zeros(1, interface.embed_dim))
-        self.register_buffer("clip_std", torch.ones(1, interface.embed_dim))
+        self.register_buffer("clip_std", torch.ones(1, self.num_channels))
+        if cfg.embedding_space is EmbeddingSpace.pca:
+            self.register_buffer("pca_basis", torch.eye(self.num_channels, interface.embed_dim))
+        self.register_buffer("x0_var", torch.empty(0), persistent=False)  # empty: not gathered yet
 
     @property
-    def whitened(self) -> bool:
-        return self.cfg.embedding_space is EmbeddingSpace.whitened
+    def scaled(self) -> bool:
+        return self.cfg.embedding_space is EmbeddingSpace.scaled
 
     def fit(self, embeddings: Any) -> None:
-        """In the whitened space: take mean and standard deviation of the raw z_i from the training embeddings."""
-        if self.whitened:
-            self.clip_mean.copy_(torch.as_tensor(embeddings.stats["image_mean"]).view(1, -1))
-            self.clip_std.copy_(torch.as_tensor(embeddings.stats["image_std"]).view(1, -1).clamp(min=1e-6))
+        """Outside the scaled space: take mean, standard deviation and axes of the raw z_i from the training embeddings."""
+        match self.cfg.embedding_space:
+            case EmbeddingSpace.whitened:
+                self.clip_mean.copy_(torch.as_tensor(embeddings.stats["image_mean"]).view(1, -1))
+                self.clip_std.copy_(torch.as_tensor(embeddings.stats["image_std"]).view(1, -1).clamp(min=1e-6))
+            case EmbeddingSpace.pca:
+                mean, std, basis = principal_components(embeddings, self.num_channels)
+                self.clip_mean.copy_(mean)
+                self.clip_std.copy_(std.clamp(min=1e-6))
+                self.pca_basis.copy_(basis)
 
     def finish(self, embeddings: Any) -> None:
         """Nothing to gather after training."""
 
+    def statistics(self) -> dict[str, Tensor]:
+        """What :meth:`gather` found; empty before."""
+        return {"x0_var": self.x0_var} if len(self.x0_var) else {}
+
+    def load_statistics(self, statistics: dict[str, Tensor]) -> None:
+        self.x0_var = statistics["x0_var"].to(self.clip_mean.device)
+
     def default_sampling(self) -> PriorSampling:
-        return self.cfg.sampling
+        """As configured; as long as no statistics are there, without analytic variances."""
+        how = self.cfg.sampling
+        if how.sampler.name is not Sampler.analytic or len(self.x0_var):
+            return how
+        return replace(how, sampler=replace(how.sampler, name=Sampler.ancestral))
 
     def cond(self, batch: Batch) -> Cond:
         """The batch's text side, z_t raw."""
@@ -115,30 +155,79 @@ class DiffusionPrior(nn.Module):
 
     @torch.no_grad()
     def sample(self, cond: Cond, how: PriorSampling, noise: Noise, negative: Cond | None = None) -> Tensor:
-        """z_i (B, D): of ``num_candidates`` draws the one with the largest dot product with z_t, both at unit norm."""
+        """z_i (B, D): of ``num_candidates`` draws the one with the largest dot product with z_t, both at unit norm.
+
+        Guidance is against a dropped text side or, where ``negative`` is given, against its captions: B of them, or one.
+        """
         assert cond.text_emb is not None, "the prior needs text_emb (z_t)"
-        context = guided_context(
-            self.net, self._scaled(cond), how, None if negative is None else self._scaled(negative)
-        )
-        denoiser = self.diffusion.denoiser(
-            self.net,
-            context,
-            shape=(how.num_candidates, self.interface.embed_dim),
-            num_steps=how.sampler.num_steps,
+        schedule = self.diffusion.schedule.respaced(how.sampler.num_steps).to(cond.text_emb.device)
+        branches = [self.net.prepare(self._scaled(cond), Keep())]
+        if how.guidance.scale != 1.0:
+            branches.append(
+                self.net.null_context() if negative is None else self.net.prepare(self._scaled(negative), Keep())
+            )
+        run = PriorRun(self.net, branches, schedule.timesteps, how.num_candidates)
+        denoiser = self.diffusion.denoiser_of(
+            run,
+            schedule,
+            shape=(how.num_candidates, self.num_channels),
             guidance=how.guidance,
+            x0_var=self._variances(how),
         )
         drawn = self.decode(sample(how.sampler, denoiser, noise))
         return best_candidate(drawn, cond.text_emb)
 
+    def _variances(self, how: PriorSampling) -> Tensor | None:
+        if how.sampler.name is not Sampler.analytic:
+            return None
+        if not len(self.x0_var):
+            raise ConfigError(
+                "sampler.name=analytic needs statistics that this prior lacks: run `unclip prior-stats RUN`, or take "
+                "sampler.name=ancestral"
+            )
+        return self.x0_var
+
+    @torch.no_grad()
+    def gather(self, batches: Iterable[tuple[Batch, Noise]]) -> None:
+        """Var[x0 | x_t] at every training step, a number's average, for analytic variances (Bao et al. 2022).
+
+        Γ, the mean square of the predicted eps, is a Monte-Carlo average over the batches (eq. 8 there); then
+        Var[x0 | x_t] = (1 - Γ) sigma² / alpha². It is limited as there (theorem 2): to at least 0, and to at most what is
+        known of the data, which here is its own variance. No caption is dropped.
+        """
+        schedule = self.diffusion.schedule
+        total, rows, moments = 0.0, 0, torch.zeros(2, self.num_channels, dtype=torch.float64)
+        for batch, noise in batches:
+            x0 = self.encode(batch.column("image_emb"))
+            context = self.net.prepare(self._scaled(self.cond(batch)), Keep())
+            total = total + self.diffusion.eps_squares(self.net, x0, context, noise).double().sum(0).cpu()
+            rows += len(batch)
+            moments += torch.stack((x0.sum(0), x0.square().sum(0))).double().cpu()
+        mean, square = moments / rows
+        spread = (square - mean**2).mean()
+        snr = schedule.snr.double().cpu()
+        x0_var = torch.where(snr > 0, (1 - total / rows) / snr, spread)
+        self.x0_var = x0_var.clamp(min=0).clamp(max=spread).float().to(self.clip_mean.device)
+
     def encode(self, image_emb: Tensor) -> Tensor:
-        """Raw z_i (B, D) into the space of the diffusion."""
-        if self.whitened:
-            return (image_emb.float() - self.clip_mean) / self.clip_std
-        return F.normalize(image_emb.float(), dim=-1) * self.embedding_scale
+        """Raw z_i (..., D) into the space of the diffusion."""
+        if self.scaled:
+            return F.normalize(image_emb.float(), dim=-1) * self.embedding_scale
+        with torch.autocast(image_emb.device.type, enabled=False):
+            centred = image_emb.float() - self.clip_mean
+            if self.cfg.embedding_space is EmbeddingSpace.pca:
+                centred = centred @ self.pca_basis.T
+        return centred / self.clip_std
 
     def decode(self, x0: Tensor) -> Tensor:
-        """Back from the space of the diffusion: raw z_i if whitened, else unit norm."""
-        return x0 * self.clip_std + self.clip_mean if self.whitened else F.normalize(x0, dim=-1)
+        """Back from the space of the diffusion: unit norm if scaled, else raw z_i."""
+        if self.scaled:
+            return F.normalize(x0, dim=-1)
+        spread = x0 * self.clip_std
+        with torch.autocast(x0.device.type, enabled=False):
+            if self.cfg.embedding_space is EmbeddingSpace.pca:
+                spread = spread @ self.pca_basis
+        return spread + self.clip_mean
 
     @property
     def embedding_scale(self) -> float:
@@ -146,7 +235,7 @@ class DiffusionPrior(nn.Module):
         return PAPER_STD * self.interface.embed_dim**0.5 if scale is None else scale
 
     def _scaled(self, cond: Cond) -> Cond:
-        if self.whitened or cond.text_emb is None:
+        if not self.scaled or cond.text_emb is None:
             return cond
         return replace(cond, text_emb=F.normalize(cond.text_emb.float(), dim=-1) * cond.text_emb.shape[-1] ** 0.5)
 
@@ -155,3 +244,22 @@ def best_candidate(drawn: Tensor, text_emb: Tensor) -> Tensor:
     """Of drawn (B, K, D), the candidate of each row closest in angle to text_emb (B, D)."""
     closeness = torch.einsum("bkd,bd->bk", F.normalize(drawn, dim=-1), text_emb.to(drawn.dtype))
     return drawn[torch.arange(len(drawn), device=drawn.device), closeness.argmax(dim=1)]
+
+
+def principal_components(embeddings: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all raw z_i: mean (D,), and of the ``count`` first components standard deviations and unit axes (count, D)."""
+    total, products, rows = 0.0, 0.0, 0
+    for part in in_parts(embeddings, ["image_emb"]):
+        z_i = part["image_emb"].double()
+        total, products, rows = total + z_i.sum(0), products + z_i.T @ z_i, rows + len(z_i)
+    mean = torch.as_tensor(total / rows)
+    variances, axes = torch.linalg.eigh(products / rows - mean[:, None] * mean)
+    largest = variances.flip(0)[:count].clamp(min=0)
+    return mean.float(), largest.sqrt().float(), axes.flip(1)[:, :count].T.float()
+
+
+def in_parts(embeddings: Any, columns: Sequence[str], size: int = 65536) -> Iterator[dict[str, Tensor]]:
+    """The named columns of all rows, ``size`` at a time, in memory."""
+    for start in range(0, len(embeddings), size):
+        rows = embeddings.rows(np.arange(start, min(start + size, len(embeddings))), columns)
+        yield {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in rows.items()}

@@ -28,6 +28,11 @@ class ModelConfig:
         """The columns of a batch that training reads."""
         raise NotImplementedError
 
+    @property
+    def trains(self) -> bool:
+        """Whether the model has weights to train; others are complete when they are fitted."""
+        return True
+
 
 @dataclass
 class PriorConfig(ModelConfig):

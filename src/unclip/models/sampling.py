@@ -1,9 +1,14 @@
-"""How the diffusion models turn noise into samples: typed settings, one object per model."""
+"""How the models turn conditions into samples: typed settings, one object per model."""
 
 from dataclasses import dataclass, field
 
 from unclip.diffusion.guidance import Guidance
-from unclip.diffusion.samplers import SamplerConfig
+from unclip.diffusion.samplers import Sampler, SamplerConfig
+
+
+@dataclass
+class NoSampling:
+    """Of a model with one answer for a condition: nothing to choose."""
 
 
 @dataclass
@@ -12,6 +17,10 @@ class DiffusionSampling:
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     guidance: Guidance = field(default_factory=Guidance)
+
+    def __post_init__(self) -> None:
+        if self.sampler.name is Sampler.analytic:
+            raise ValueError("sampler.name=analytic is for diffusion priors; here take ancestral, ddim or dpmpp_2m")
 
 
 @dataclass

@@ -21,27 +21,42 @@ from unclip.nets.layers import (
     keep_rows,
     merge_heads,
     split_heads,
+    zero_init,
 )
+
+QK_NORM_EPS = 1e-5  # as in diffusers
+ALL = slice(None)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. ``past`` keys and values stand before those of x."""
+    """Multi-head self-attention. ``past`` keys and values stand before those of x.
 
-    def __init__(self, width: int, num_heads: int):
+    ``qk_norm`` scales queries and keys of every head to a root mean square of one (times learned weights), which keeps
+    the scores small in bfloat16 (Henry et al. 2020, with RMSNorm).
+    """
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
         self.to_out = nn.Sequential(nn.Linear(width, width))
+        self.norm_q = nn.RMSNorm(width // num_heads, eps=QK_NORM_EPS) if qk_norm else None
+        self.norm_k = nn.RMSNorm(width // num_heads, eps=QK_NORM_EPS) if qk_norm else None
 
     def keys_values(self, x: Tensor) -> KeyValue:
-        return split_heads(self.to_k(x), self.num_heads), split_heads(self.to_v(x), self.num_heads)
+        keys, values = split_heads(self.to_k(x), self.num_heads), split_heads(self.to_v(x), self.num_heads)
+        return (keys if self.norm_k is None else self.norm_k(keys).to(values.dtype)), values
 
-    def forward(self, x: Tensor, mask: Tensor | None, past: KeyValue | None) -> tuple[Tensor, KeyValue]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None, past: KeyValue | None, looking: slice = ALL
+    ) -> tuple[Tensor, KeyValue]:
         own = self.keys_values(x)
         keys, values = own if past is None else (torch.cat((past[i], own[i]), dim=2) for i in (0, 1))
-        query = split_heads(self.to_q(x), self.num_heads)
+        query = split_heads(self.to_q(x[:, looking]), self.num_heads)
+        if self.norm_q is not None:
+            query = self.norm_q(query).to(values.dtype)
         return self.to_out(merge_heads(attend(query, keys, values, mask))), own
 
 
@@ -68,56 +83,67 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm block: attention, then a perceptron of four times the width."""
 
-    def __init__(self, width: int, num_heads: int):
+    def __init__(self, width: int, num_heads: int, qk_norm: bool = False):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
-        self.attn1 = Attention(width, num_heads)
+        self.attn1 = Attention(width, num_heads, qk_norm)
         self.norm3 = nn.LayerNorm(width)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, past: KeyValue | None = None, looking: slice = ALL
+    ) -> tuple[Tensor, KeyValue]:
         """x (B, N, W); mask bool, broadcastable to (B, heads, N, P + N), True = may be seen.
 
-        Returns the new x, and the keys and values of the old one.
+        Returns the new x at the positions ``looking`` (whose rows are the mask's), and the keys and values of the old x.
         """
-        update, own = self.attn1(self.norm1(x), mask, past)
-        x = x + update
+        update, own = self.attn1(self.norm1(x), mask, past, looking)
+        x = x[:, looking] + update
         return x + self.ff(self.norm3(x)), own
 
 
 class TransformerBlocks(nn.ModuleList):
     """A stack of blocks, initialised as GLIDE's: weights N(0, 0.25² / width), biases zero."""
 
-    def __init__(self, width: int, depth: int, num_heads: int, gradient_checkpointing: bool = False):
+    def __init__(
+        self, width: int, depth: int, num_heads: int, gradient_checkpointing: bool = False, qk_norm: bool = False
+    ):
         if width % num_heads:
             raise ValueError(f"width={width} is not divisible by num_heads={num_heads}; choose a divisor")
-        super().__init__(TransformerBlock(width, num_heads) for _ in range(depth))
+        super().__init__(TransformerBlock(width, num_heads, qk_norm) for _ in range(depth))
         self.gradient_checkpointing = gradient_checkpointing
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.25 * width**-0.5)
                 nn.init.zeros_(module.bias)
 
-    def run(self, x: Tensor, mask: Tensor | None, past: list[KeyValue] | None = None) -> Tensor:
-        """All blocks in turn; ``past`` holds each block's earlier keys and values."""
-        for index, block in enumerate(self):
-            x, _ = self._block(block, x, mask, past[index] if past is not None else None)
+    def run(self, x: Tensor, mask: Tensor | None, past: list[KeyValue] | None = None, wanted: slice = ALL) -> Tensor:
+        """All blocks in turn; ``past`` holds each block's earlier keys and values. Returns the ``wanted`` positions:
+        the others need not go through the last block."""
+        *body, last = range(len(self))
+        for index in body:
+            x, _ = self._block(self[index], x, mask, past[index] if past is not None else None)
+        if wanted != ALL and mask is not None:
+            mask = mask[..., wanted, :]
+        x, _ = self._block(self[last], x, mask, past[last] if past is not None else None, wanted)
         return x
 
-    def keys_values(self, x: Tensor, mask: Tensor | None) -> list[KeyValue]:
+    def keys_values(self, x: Tensor, mask: Tensor | None, past: list[KeyValue] | None = None) -> list[KeyValue]:
         """Each block's keys and values of x. The last block's output is never read, so it is not computed."""
         collected: list[KeyValue] = []
         *body, last = list(self)
-        for block in body:
-            x, own = self._block(block, x, mask, None)
+        for index, block in enumerate(body):
+            x, own = self._block(block, x, mask, past[index] if past is not None else None)
             collected.append(own)
         assert isinstance(last, TransformerBlock)
         return [*collected, last.attn1.keys_values(last.norm1(x))]
 
-    def _block(self, block: nn.Module, x: Tensor, mask: Tensor | None, past: KeyValue | None) -> Any:
+    def _block(
+        self, block: nn.Module, x: Tensor, mask: Tensor | None, past: KeyValue | None, looking: slice = ALL
+    ) -> Any:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, mask, past, use_reentrant=False)
-        return block(x, mask, past)
+            return checkpoint(block, x, mask, past, looking, use_reentrant=False)
+        return block(x, mask, past, looking)
 
 
 class PriorText(Enum):
@@ -126,6 +152,11 @@ class PriorText(Enum):
     none = "none"
     clip_states = "clip_states"
     tokens = "tokens"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of a batch that the caption is read from."""
+        return {"none": (), "tokens": ("tokens",), "clip_states": ("tokens", "text_seq")}[self.value]
 
 
 @dataclass
@@ -137,6 +168,7 @@ class PriorNetConfig:
     num_heads: int = 8
     text: PriorText = PriorText.clip_states
     null_text: Null = Null.zero
+    qk_norm: bool = False
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -155,41 +187,37 @@ class PriorContext:
         return PriorContext([(key[:n], value[:n]) for key, value in self.keys_values], self.mask[:n])
 
 
-class PriorNet(nn.Module):
-    """Predicts z_i from its noised form, the caption and z_t (paper §2.2).
+class PrefixNet(nn.Module):
+    """A causal transformer over L caption states and z_t; ``num_suffix`` further tokens see them, but not the reverse.
 
-    The causal sequence is: L caption states, z_t, timestep, noised z_i, a learned query; the query's output is the
-    prediction. Caption and z_t see neither timestep nor noised z_i, so ``prepare`` runs them once for all steps of a
-    sampling run and for all K draws of a caption; ``forward`` runs only the last three tokens.
-
-    Captions may be shorter than ``context_length``: the last four positions of the table always belong to z_t,
-    timestep, z_i and query, so trimming padding changes nothing. With the same weights the output equals diffusers'
-    PriorTransformer.
+    Captions may be shorter than ``context_length``: the last positions of the table always belong to z_t and the
+    suffix, so trimming padding changes nothing.
     """
 
-    def __init__(self, cfg: PriorNetConfig, widths: ClipWidths):
+    def __init__(self, cfg: PriorNetConfig, widths: ClipWidths, num_suffix: int):
         super().__init__()
         self.cfg, self.widths = cfg, widths
         width, embed_dim = cfg.width, widths.embed_dim
-        self.time_embedding = TimestepEmbedding(width, width)
-        self.proj_in = nn.Linear(embed_dim, width)
         self.embedding_proj = nn.Linear(embed_dim, width)
         if cfg.text is PriorText.clip_states:
             self.encoder_hidden_states_proj = nn.Linear(widths.text_width, width)
         elif cfg.text is PriorText.tokens:
             self.token_embedding = nn.Embedding(widths.vocab_size, width)
             nn.init.normal_(self.token_embedding.weight, std=0.02)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(1, self.num_embeddings + 4, width))
-        self.prd_embedding = nn.Parameter(0.01 * torch.randn(1, 1, width))
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(1, self.num_embeddings + 1 + num_suffix, width))
         if cfg.null_text is Null.learned:
             self.null_text_emb = nn.Parameter(torch.zeros(embed_dim))
-        self.transformer_blocks = TransformerBlocks(width, cfg.depth, cfg.num_heads, cfg.gradient_checkpointing)
-        self.norm_out = nn.LayerNorm(width)
-        self.proj_to_clip_embeddings = nn.Linear(width, embed_dim)
+        self.transformer_blocks = TransformerBlocks(
+            width, cfg.depth, cfg.num_heads, cfg.gradient_checkpointing, cfg.qk_norm
+        )
 
     @property
     def num_embeddings(self) -> int:
         return 0 if self.cfg.text is PriorText.none else self.widths.context_length
+
+    @property
+    def _null(self) -> Tensor | None:
+        return self.null_text_emb if self.cfg.null_text is Null.learned else None
 
     def prepare(self, cond: Cond, keep: Keep) -> PriorContext:
         """Run the prefix. Rows with ``keep.text`` False lose the caption (all positions masked) and z_t (null value).
@@ -198,9 +226,7 @@ class PriorNet(nn.Module):
         """
         if cond.text_emb is None:
             raise ValueError("the prior needs text_emb (z_t)")
-        null = self.null_text_emb if self.cfg.null_text is Null.learned else None
-        text = self.embedding_proj(keep_rows(cond.text_emb, keep.text, null))[:, None]
-        text = text + self.positional_embedding[:, self.num_embeddings, None]
+        text = self._text_token(keep_rows(cond.text_emb, keep.text, self._null))
         real = torch.ones(len(text), 1, dtype=torch.bool, device=text.device)
         if self.cfg.text is not PriorText.none:
             states, mask = self._caption(cond)
@@ -213,18 +239,15 @@ class PriorNet(nn.Module):
         mask = (causal & real[:, None, :] | alone)[:, None]
         return PriorContext(self.transformer_blocks.keys_values(text, mask), real)
 
-    def forward(self, x_t: Tensor, timestep: Tensor, context: PriorContext) -> Tensor:
-        """x_t (B, D) or (B, K, D), timestep (B,) or (B, K); returns x_t's shape. The K draws cannot see each other."""
-        noised = x_t[:, None] if x_t.ndim == 2 else x_t
-        batch, draws, _ = noised.shape
-        noised = self.proj_in(noised)
-        time = self.time_embedding(timestep if timestep.ndim == 2 else timestep[:, None]).expand_as(noised)
-        tokens = torch.stack((time, noised, self.prd_embedding.to(noised.dtype).expand_as(noised)), dim=2)
-        tokens = (tokens + self.positional_embedding[:, None, -3:]).flatten(1, 2)
-        mask = self._suffix_mask(context.mask, draws)
-        tokens = self.transformer_blocks.run(tokens, mask, context.keys_values)
-        query = tokens.view(batch, draws, 3, -1)[:, :, 2]
-        return self.proj_to_clip_embeddings(self.norm_out(query)).view(x_t.shape)
+    def null_context(self) -> PriorContext:
+        """The prefix of a dropped text side, for all rows alike: one row of one token, since the caption is masked."""
+        null = self._null if self._null is not None else self.embedding_proj.weight.new_zeros(self.widths.embed_dim)
+        text = self._text_token(null[None])
+        real = torch.ones(1, 1, dtype=torch.bool, device=text.device)
+        return PriorContext(self.transformer_blocks.keys_values(text, None), real)
+
+    def _text_token(self, text_emb: Tensor) -> Tensor:
+        return self.embedding_proj(text_emb)[:, None] + self.positional_embedding[:, self.num_embeddings, None]
 
     def _caption(self, cond: Cond) -> tuple[Tensor, Tensor]:
         source = cond.tokens if self.cfg.text is PriorText.tokens else cond.text_seq
@@ -240,13 +263,64 @@ class PriorNet(nn.Module):
         embed = self.token_embedding if self.cfg.text is PriorText.tokens else self.encoder_hidden_states_proj
         return embed(source) + self.positional_embedding[:, :length], mask
 
-    @staticmethod
-    def _suffix_mask(prefix: Tensor, draws: int) -> Tensor:
-        """(B, 1, 3K, L + 1 + 3K): each draw sees the prefix and, causally, its own three tokens."""
-        index = torch.arange(3 * draws, device=prefix.device)
-        own = (index[:, None] // 3 == index // 3) & (index[:, None] >= index)
-        rows = prefix[:, None, None].expand(-1, 1, 3 * draws, -1)
-        return torch.cat((rows, own.expand(len(prefix), 1, -1, -1)), dim=-1)
+
+class PriorNet(PrefixNet):
+    """Predicts z_i from its noised form, the caption and z_t (paper §2.2).
+
+    The causal sequence is: L caption states, z_t, timestep, noised z_i, a learned query; the query's output is the
+    prediction. Caption and z_t see neither timestep nor noised z_i, so ``prepare`` runs them once for all K draws of a
+    caption; ``forward`` runs only the last three tokens (in sampling, :class:`unclip.nets.prior_run.PriorRun` does).
+    With the same weights the output equals diffusers' PriorTransformer.
+
+    ``num_channels`` is the width of the diffused z_i, by default CLIP's. With ``self_conditioning`` the token of the
+    noised z_i also holds the last predicted one.
+    """
+
+    def __init__(
+        self,
+        cfg: PriorNetConfig,
+        widths: ClipWidths,
+        num_channels: int | None = None,
+        self_conditioning: bool = False,
+    ):
+        super().__init__(cfg, widths, num_suffix=3)
+        width, num_channels = cfg.width, num_channels or widths.embed_dim
+        self.time_embedding = TimestepEmbedding(width, width)
+        self.proj_in = nn.Linear(num_channels, width)
+        self.proj_last = zero_init(nn.Linear(num_channels, width, bias=False)) if self_conditioning else None
+        self.prd_embedding = nn.Parameter(0.01 * torch.randn(1, 1, width))
+        self.norm_out = nn.LayerNorm(width)
+        self.proj_to_clip_embeddings = nn.Linear(width, num_channels)
+
+    def forward(self, x_t: Tensor, timestep: Tensor, context: PriorContext, x0_last: Tensor | None = None) -> Tensor:
+        """x_t (B, D) or (B, K, D), timestep (B,) or (B, K); returns x_t's shape. The K draws cannot see each other."""
+        noised = self.proj_in(x_t)
+        if self.proj_last is not None and x0_last is not None:
+            noised = noised + self.proj_last(x0_last)
+        noised = noised[:, None] if x_t.ndim == 2 else noised
+        time = self.time_embedding(timestep if timestep.ndim == 2 else timestep[:, None]).expand_as(noised)
+        tokens = torch.stack((time, noised, self.prd_embedding.to(noised.dtype).expand_as(noised)), dim=2)
+        tokens = (tokens + self.positional_embedding[:, None, -3:]).flatten(1, 2)
+        mask = seen(context.mask, noised.shape[1], 3)
+        query = self.transformer_blocks.run(tokens, mask, context.keys_values, wanted=slice(2, None, 3))
+        return self.proj_to_clip_embeddings(self.norm_out(query)).view(x_t.shape)
+
+    def timestep_keys_values(self, timesteps: Tensor, context: PriorContext) -> list[KeyValue]:
+        """Of the timestep token, for timesteps (S,) that cannot see each other: a pair a block, (B, heads, S, d)."""
+        time = self.time_embedding(timesteps) + self.positional_embedding[0, -3]
+        time = time.expand(len(context.mask), -1, -1)
+        return self.transformer_blocks.keys_values(time, seen(context.mask, len(timesteps), 1), context.keys_values)
+
+
+def seen(prefix: Tensor, draws: int, size: int) -> Tensor:
+    """(B, 1, K·size, P + K·size) bool for a prefix mask (B, P) and K draws of ``size`` tokens each.
+
+    Each draw sees the prefix and, causally, its own tokens.
+    """
+    index = torch.arange(size * draws, device=prefix.device)
+    own = (index[:, None] // size == index // size) & (index[:, None] >= index)
+    rows = prefix[:, None, None].expand(-1, 1, size * draws, -1)
+    return torch.cat((rows, own.expand(len(prefix), 1, -1, -1)), dim=-1)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from unclip.config import OnNonfinite, OptimConfig, TrainerConfig
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.errors import TrainingError
-from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer, perturbed
+from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer, no_optimizer, perturbed
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Stage(pl.LightningModule):
         self._losses = torch.compile(model.losses) if trainer_cfg.compile else model.losses
 
     def configure_optimizers(self) -> AdamWEMA:
-        return make_optimizer(self.model, self.optim_cfg)
+        return make_optimizer(self.model, self.optim_cfg) if self.model.cfg.trains else no_optimizer(self.optim_cfg)
 
     @property
     def adamw(self) -> AdamWEMA:
