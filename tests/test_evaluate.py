@@ -1,0 +1,114 @@
+"""`unclip-evaluate prior` as a user runs it, and what a prior's training leaves in its metrics."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tests_support import TINY, run_command
+
+from unclip.data.embeddings import EmbeddingsWriter
+from unclip.data.shards import Shards, ShardWriter
+from unclip.models.interface import Interface
+
+pytestmark = pytest.mark.timeout(280)
+COUNTS = {"train": 32, "val": 20, "test": 12}
+OWN = {f"mse_at_{percent:02}" for percent in range(5, 100, 10)}
+ONLINE = {"mse", *OWN}
+ALL = ONLINE | {
+    *("cosine_to_true", "cosine_to_text", "cosine_to_unrelated", "cosine_text_to_true", "cosine_true_to_unrelated"),
+    *("cosine_difference", "diversity", "diversity_ratio"),
+    *(f"{way}_{k}" for way in ("recall", "recall_by_text") for k in (1, 5, 10)),
+}
+
+
+def embedded(root: Path, name: str, clip: str) -> None:
+    """Embeddings of the data in ``root``, without any CLIP: z_i is z_t plus noise."""
+    rng = np.random.default_rng(0)
+    for split, count in COUNTS.items():
+        shards = Shards(root / "data" / split)
+        writer = EmbeddingsWriter(
+            root / name, split, Interface(8, 8, 6, 50, clip), ["image_emb", "text_emb", "tokens"], "float32"
+        )
+        text = rng.normal(size=(count, 8)).astype(np.float32)
+        tokens = rng.integers(1, 40, (count, 6)).astype(np.int32)
+        tokens[:, 3], tokens[:, 4:] = 49, 0
+        columns = {"image_emb": text + rng.normal(size=(count, 8)).astype(np.float32), "text_emb": text}
+        writer.write("00000", shards.sha256[0], shards.keys, {**columns, "tokens": tokens})
+        writer.finish(shards)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("evaluate")
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "PNG")
+    for split, count in COUNTS.items():
+        with ShardWriter(root / "data" / split) as writer:
+            for i in range(count):
+                writer.write(f"{i:04d}", buffer.getvalue(), f"{split} thing {i}", {})
+    embedded(root, "embeddings", "a" * 64)
+    embedded(root, "others", "b" * 64)
+    given = ["run=runs/prior", "data.path=data", "data.embeddings=embeddings", *TINY["prior"]]
+    run_command("train-prior", *given, "trainer.val_every=2", "data.max_val=20", "optim.lr=0.1", cwd=root)
+    return root
+
+
+EVALUATE = ["unclip-evaluate", "prior", "prior=runs/prior", "data.path=data"]
+
+
+def test_training_reports_averaged_and_trained_weights_apart(root: Path):
+    rows = [json.loads(line) for line in (root / "runs/prior/metrics.jsonl").read_text().splitlines()]
+    validations = [row for row in rows if "val/mse" in row]
+    assert len(validations) == 2
+    for row in validations:
+        assert {name.removeprefix("val/") for name in row if name.startswith("val/")} == ALL | {
+            f"online/{name}" for name in ONLINE
+        }
+    assert validations[1]["val/online/mse"] != validations[1]["val/mse"], "the average lags behind"
+    metrics = json.loads((root / "runs/prior/artifact/manifest.json").read_text())["metrics"]
+    assert {name: metrics[name] for name in metrics if name.startswith("val/")} == pytest.approx(
+        {name: value for name, value in validations[1].items() if name.startswith("val/")}, abs=1e-6
+    )
+
+
+def test_evaluation_of_the_same_samples_agrees_with_the_training_runs_last_validation(root: Path):
+    given = [*EVALUATE, "run=runs/again", "data.embeddings=embeddings", "precision=bf16", "batch_size=8", "device=cpu"]
+    said = run_command(*given, cwd=root)
+    found = json.loads((root / "runs/again/evaluation.json").read_text())
+    manifest = json.loads((root / "runs/prior/artifact/manifest.json").read_text())
+    assert (found["hash"], found["step"], found["split"], found["samples"]) == (manifest["hash"], 4, "val", 20)
+    assert set(found["measures"]) == ALL
+    assert all(name in said for name in ALL)
+    for name in ("mse", "cosine_to_true", "cosine_text_to_true", "mse_at_05", "mse_at_95"):
+        assert found["measures"][name] == pytest.approx(manifest["metrics"][f"val/{name}"], abs=0.02), name
+
+
+def test_another_split_and_other_sampling(root: Path):
+    given = [*EVALUATE, "data.embeddings=embeddings", "data.val_split=test", "diversity.every=1"]
+    for scale in (1, 0):
+        run_command(*given, f"run=runs/scale{scale}", f"sampling.guidance.scale={scale}", cwd=root)
+    plain, unconditional = (
+        json.loads((root / f"runs/scale{scale}/evaluation.json").read_text()) for scale in (1, 0)
+    )
+    assert (plain["split"], plain["samples"], plain["sampling"]["guidance"]["scale"]) == ("test", 12, 1.0)
+    assert unconditional["measures"]["mse"] == plain["measures"]["mse"], "the loss needs no sampling"
+    assert unconditional["measures"]["cosine_to_true"] != plain["measures"]["cosine_to_true"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["run=x"], "say first what to evaluate: unclip-evaluate KIND run=...; kinds: prior"),
+        ([*EVALUATE[1:], "run=x", "data.embeddings=others"], "was trained on CLIP aaaaaaaa but others holds embeddings of"),
+        ([*EVALUATE[1:], "run=x", "data.embeddings=embeddings", "sampling.guidnace=3"], "did you mean 'guidance'"),
+        ([*EVALUATE[1:], "run=x", "data.embeddings=embeddings", "data.val_split=null"], "name the split to evaluate on"),
+        (["prior", "run=x", "data.path=data"], "prior is not set; give it on the command line: prior="),
+    ],
+)
+def test_refusals_write_nothing(root: Path, given: list[str], message: str):
+    said = run_command("unclip-evaluate", *given, cwd=root, code=1)
+    assert message in " ".join(said.split())
+    assert not (root / "x" / "evaluation.json").exists()
