@@ -131,7 +131,9 @@ def test_unrelated_captions_are_other_ones():
 
 
 def test_sampling_can_be_changed_in_part_and_misspelt_names_are_refused():
-    changed = with_changes(PriorSampling(), {"num_candidates": 1, "guidance": {"scale": 2.0}, "sampler": {"num_steps": 5}})
+    changed = with_changes(
+        PriorSampling(), {"num_candidates": 1, "guidance": {"scale": 2.0}, "sampler": {"num_steps": 5}}
+    )
     assert (changed.num_candidates, changed.guidance.scale, changed.guidance.rescale) == (1, 2.0, 0.0)
     assert (changed.sampler.num_steps, changed.sampler.name) == (5, PriorSampling().sampler.name)
     with pytest.raises(ConfigError, match=r"sampling: unknown option 'guidance\.scal'; did you mean 'scale'"):
@@ -140,6 +142,6 @@ def test_sampling_can_be_changed_in_part_and_misspelt_names_are_refused():
 
 def test_useless_diversity_is_refused():
     for options in ({"num_samples": 1}, {"every": 0}):
-        with pytest.raises(ConfigError, match="must be at least 1 and diversity.num_samples"):
+        with pytest.raises(ConfigError, match=r"must be at least 1 and diversity\.num_samples"):
             Diversity(**options)
     assert math.isfinite(evaluated(Known(), pairs(3), [3])["diversity"]), "the first sample is always among them"
