@@ -87,15 +87,16 @@ class PriorEvaluation:
         if some.start < len(batch):
             self.rows.add(self._spread(batch.rows(some), true[some]))
         self.rows.captions += batch.caption
-        self.add_errors(batch)
+        self.add_losses(batch)
+        if isinstance(self.model, Measured):
+            self._add_means(batch, self.model.measures(batch, self.noise(batch)))
 
     @torch.no_grad()
-    def add_errors(self, batch: Batch, prefix: str = "") -> None:
-        """What needs no sampling: the loss's terms and the model's own measures."""
-        noise = self.noise(batch)
-        found = self.model.losses(batch, noise)
-        if isinstance(self.model, Measured):
-            found = found | self.model.measures(batch, noise)
+    def add_losses(self, batch: Batch, prefix: str = "") -> None:
+        """The terms of the loss, which need no sampling."""
+        self._add_means(batch, self.model.losses(batch, self.noise(batch)), prefix)
+
+    def _add_means(self, batch: Batch, found: dict[str, Tensor], prefix: str = "") -> None:
         self.rows.add({prefix + name: value.expand(len(batch)) for name, value in found.items()})
 
     def summary(self) -> dict[str, float]:

@@ -10,7 +10,7 @@ from unclip.stages.base import Row, Stage
 
 class PriorStage(Stage):
     """Validation reports the averaged weights, as that of every stage; under ``val/online/`` stand the trained weights'
-    loss and whatever else needs no sampling."""
+    losses, which cost no sampling."""
 
     columns = ("true picture", "nearest to the sampled z_i", "2nd", "3rd", "4th")
 
@@ -21,7 +21,7 @@ class PriorStage(Stage):
         self._evaluation.add(batch)
         if self.optim_cfg.ema_decay:
             with self.adamw.trained_weights():
-                self._evaluation.add_errors(batch, prefix="online/")
+                self._evaluation.add_losses(batch, prefix="online/")
 
     def on_validation_epoch_end(self) -> None:
         found = self._evaluation.summary()
