@@ -97,6 +97,13 @@ def test_a_model_without_measures_of_its_own_has_none():
     assert {"each", "mean"} <= set(evaluated(Measuring(), pairs(8), [8])) - set(evaluated(Known(), pairs(8), [8]))
 
 
+def test_autocast_rounds_nothing_but_the_model():
+    evaluation = PriorEvaluation(Known(0.01), lambda part: Noise.at(0, part.position))
+    with torch.autocast("cpu", torch.bfloat16):
+        evaluation.add(pairs(40))
+    assert evaluation.summary() == pytest.approx(evaluated(Known(0.01), pairs(40), [40]), abs=1e-5)
+
+
 def test_recall_is_that_of_the_sampled_embeddings_among_the_true_ones():
     batch = pairs(200)
     sampled = Known().sample(Known().cond(batch), PriorSampling(), Noise.at(0, batch.position))

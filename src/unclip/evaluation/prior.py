@@ -114,20 +114,17 @@ class PriorEvaluation:
         """Mean cosine distances (B,) of a caption's samples: among each other, and from the true z_i."""
         count = self.diversity.num_samples
         drawn = self._sample(batch, count).view(len(batch), count, -1)
-        cosines = drawn @ drawn.mT
-        among = (cosines.sum(dim=(1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
-        return {"diversity": 1 - among, "spread_about_true": 1 - (drawn @ true[:, :, None]).mean(dim=(1, 2))}
+        # sums of products, not matrix products: those would be rounded under autocast
+        among = (drawn.sum(1).square().sum(-1) - count) / (count * (count - 1))
+        return {"diversity": 1 - among, "spread_about_true": 1 - (drawn * true[:, None]).sum(-1).mean(1)}
 
 
 def summary(rows: Rows) -> dict[str, float]:
     """The measures of all ranks' rows together."""
     columns = rows.columns
     sampled, true, text = (columns.pop(name) for name in ("sampled", "true", "text"))
-    found = {name: value.double().mean().item() for name, value in columns.items()}
-    # The truth and a sample from its exact distribution can be exchanged, so the two distances are then equal.
-    found["diversity_ratio"] = found["diversity"] / max(found.pop("spread_about_true"), 1e-6)
     to_text, baseline = _cosine(sampled, text), _cosine(text, true)
-    found |= {"cosine_to_true": _cosine(sampled, true), "cosine_to_text": to_text, "cosine_text_to_true": baseline}
+    found = {"cosine_to_true": _cosine(sampled, true), "cosine_to_text": to_text, "cosine_text_to_true": baseline}
     found["cosine_difference"] = to_text - baseline
     other = unrelated(rows.captions)
     if other is not None:
@@ -136,6 +133,9 @@ def summary(rows: Rows) -> dict[str, float]:
     for name, queries in (("recall", sampled), ("recall_by_text", text)):
         scores = retrieval(true, queries, rows.captions)
         found |= {f"{name}_{k}": scores[f"text_to_image_recall_{k}"] for k in (1, 5, 10)}
+    found |= {name: value.double().mean().item() for name, value in columns.items()}
+    # The truth and a sample from its exact distribution can be exchanged, so the two distances are then equal.
+    found["diversity_ratio"] = found["diversity"] / max(found.pop("spread_about_true"), 1e-6)
     return found
 
 
