@@ -7,7 +7,7 @@ from hydra import compose, initialize_config_dir
 from unclip.cli.train import CONF
 from unclip.config import typed
 from unclip.models import Interface, build
-from unclip.models.diffusion_prior import DiffusionPrior
+from unclip.models.diffusion_prior import DiffusionPrior, EmbeddingSpace
 from unclip.train import PriorTrainConfig
 
 PAPERS_CLIP = Interface(embed_dim=1024, text_width=1024, context_length=256, vocab_size=49408)
@@ -51,12 +51,8 @@ def test_karlos_prior_has_the_published_count():
     _, prior, count = preset("karlo_prior", VIT_L_14)
     assert count + prior.clip_mean.numel() + prior.clip_std.numel() == 1_022_030_080
     how = prior.default_sampling()
-    assert (prior.whitened, prior.diffusion.cfg.clip_range, how.sampler.num_steps, how.guidance.scale) == (
-        True,
-        10.0,
-        25,
-        4.0,
-    )
+    assert prior.cfg.embedding_space is EmbeddingSpace.whitened
+    assert (prior.diffusion.cfg.clip_range, how.sampler.num_steps, how.guidance.scale) == (10.0, 25, 4.0)
 
 
 def test_laions_prior():
