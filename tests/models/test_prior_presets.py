@@ -1,8 +1,8 @@
 """The published priors by their sizes: each preset is built on the meta device, its parameters are counted."""
 
 import pytest
-import torch
 from hydra import compose, initialize_config_dir
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unclip.cli.train import CONF
 from unclip.config import typed
@@ -19,7 +19,7 @@ def preset(name: str, interface: Interface) -> tuple[PriorTrainConfig, Diffusion
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         raw = compose("train_prior", [f"experiment={name}", "run=r", "data.path=d"])
     cfg = typed(raw, PriorTrainConfig)
-    with torch.device("meta"):
+    with FakeTensorMode():  # meta tensors that say they are on the CPU
         prior = build(cfg.model, interface)
     return cfg, prior, sum(p.numel() for p in prior.parameters())
 

@@ -117,8 +117,7 @@ class GaussianDiffusion:
     def __init__(self, cfg: DiffusionConfig) -> None:
         self.cfg = cfg
         dtype = torch.float32 if cfg.float32_tables else torch.float64
-        with torch.device("cpu"):  # also where a model is built on the meta device
-            self.schedule = make_schedule(cfg.schedule, cfg.num_timesteps, dtype=dtype)
+        self.schedule = make_schedule(cfg.schedule, cfg.num_timesteps, dtype=dtype)
 
     def losses(
         self, net: Net, x0: Tensor, context: Any, noise: Noise, *, num_draws: int | None = None
