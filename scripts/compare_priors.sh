@@ -44,10 +44,10 @@ done
 [[ -z $chain || -n $judge ]] || fail "--chain needs --judge RUN, a CLIP of another seed"
 
 models=("$@")
-if [[ $# -eq 0 ]]; then # the sizes of the emoji recipe; what is computed in closed form needs one step
+if [[ $# -eq 0 ]]; then # the sizes of the emoji recipe
   small='model.net.width=256 model.net.depth=4 model.net.num_heads=4 model.net.text=tokens'
   all=("diffusion_prior $small model.sampling.sampler.name=ddim model.sampling.sampler.num_steps=16"
-    ar_prior eclipse_prior mlp_prior "linear_prior trainer.max_steps=1" "identity trainer.max_steps=1")
+    ar_prior "eclipse_prior $small" mlp_prior linear_prior identity)
   for model in "${all[@]}"; do
     if [[ -f conf/model/${model%% *}.yaml ]]; then models+=("$model"); else echo "(no ${model%% *} in this version)"; fi
   done

@@ -197,7 +197,7 @@ def evaluate_prior(cfg: PriorEvaluateConfig) -> dict[str, Any]:
     batches: Any = data.val_dataloader()
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision is Precision.bf16):
         for batch in track(batches, f"evaluating {cfg.prior}", batches.dataset.stop, transient=True):
-            evaluation.add(batch.to(device))
+            evaluation.add(data.on_after_batch_transfer(batch.to(device), 0))
     return {
         "kind": "prior",
         "model": manifest.model,
