@@ -61,7 +61,7 @@ def test_help_of_every_command(path: tuple[str, ...]):
         assert option.opts[0].lower() in result.output.lower()
 
 
-@pytest.mark.parametrize("name", ["train_clip", "embed", "train_prior", "train_decoder", "train_upsampler"])
+@pytest.mark.parametrize("name", ["train_clip", "embed", "train_prior", "train_decoder", "train_upsampler", "evaluate"])
 def test_help_of_every_training_command(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(sys, "argv", [name, "--help"])
     try:

@@ -10,12 +10,14 @@ from unclip.cli.train import CONF, forced
 from unclip.config import identity, typed
 from unclip.data.embed import EmbedConfig
 from unclip.errors import ConfigError
+from unclip.evaluation.prior import PriorEvaluateConfig
 from unclip.models.clip import CLIP
 from unclip.train import ClipTrainConfig, DecoderTrainConfig, PriorTrainConfig, UpsamplerTrainConfig
 
 ROOTS = {
     "train_clip": (ClipTrainConfig, ["run=r", "data.path=d"]),
     "embed": (EmbedConfig, ["run=r", "clip=c", "data=d"]),
+    "evaluate": (PriorEvaluateConfig, ["run=r", "prior=p", "data.path=d", "data.embeddings=e"]),
     "train_prior": (PriorTrainConfig, ["run=r", "data.path=d", "data.embeddings=e"]),
     "train_decoder": (DecoderTrainConfig, ["run=r", "data.path=d", "data.embeddings=e"]),
     "train_upsampler": (UpsamplerTrainConfig, ["run=r", "data.path=d"]),
@@ -35,6 +37,7 @@ def shipped() -> list[tuple[str, list[str]]]:
         stage = next(s for s in STAGE_OF if f"_{s}" in path.stem)
         asked = ["data.others=[{path: second}]"] if path.stem == "paper_clip" else []
         cases.append((STAGE_OF[stage], [f"experiment={path.stem}", *asked]))
+    cases += [("evaluate", [f"evaluation={path.stem}"]) for path in sorted(CONF.glob("evaluation/*.yaml"))]
     cases += [("train_decoder", [f"logger={path.stem}"]) for path in sorted(CONF.glob("logger/*.yaml"))]
     priors = ("diffusion_prior", "eclipse_prior", "identity", "linear_prior", "mlp_prior")
     cases += [("train_prior", [f"model={name}"]) for name in priors]

@@ -86,6 +86,19 @@ def test_ema_weights_come_and_go_bit_for_bit():
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_the_trained_weights_can_be_had_within_a_block_of_averaged_ones():
+    net, optimizer = trained_net()
+    trained = net.linear.weight.detach().clone()
+    with optimizer.ema_weights():
+        averaged = net.linear.weight.detach().clone()
+        with optimizer.ema_weights(), optimizer.trained_weights():
+            assert torch.equal(net.linear.weight, trained)
+        assert torch.equal(net.linear.weight, averaged)
+    assert not torch.equal(averaged, trained)
+    with optimizer.trained_weights():
+        assert torch.equal(net.linear.weight, trained)
+
+
 def test_no_average_when_it_is_switched_off():
     net = Net()
     optimizer = make_optimizer(net, OptimConfig(lr=0.01, ema_decay=0.0))

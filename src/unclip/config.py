@@ -169,6 +169,8 @@ def _value(value: Any, hint: Any, name: str) -> Any:
     """Convert one value to its declared type through OmegaConf's own conversion rules."""
     if value == "???":
         raise ConfigError(f"{name} is not set; give it on the command line: {name}=...")
+    if hint is Any:  # checked where it is used
+        return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:

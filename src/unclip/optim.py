@@ -22,6 +22,7 @@ class AdamWEMA(torch.optim.AdamW):
     def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
         self.ema_decay = cfg.ema_decay
         super().__init__(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
+        self._trained: list[tuple[Tensor, Tensor]] = []  # weights and their trained values, within ema_weights
         for group in self.param_groups:
             group["updates"] = 0
 
@@ -46,17 +47,32 @@ class AdamWEMA(torch.optim.AdamW):
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
         """Inside the block the model holds its averaged weights; afterwards the trained ones, bit for bit."""
-        pairs = [(p, s["ema"]) for p, s in self.state.items() if "ema" in s]
-        trained = [p.detach().clone() for p, _ in pairs]
-        with torch.no_grad():
-            for p, average in pairs:
-                p.copy_(average)
+        if self._trained:  # a block within a block
+            yield
+            return
+        averaged = [(p, s["ema"]) for p, s in self.state.items() if "ema" in s]
+        self._trained = [(p, p.detach().clone()) for p, _ in averaged]
+        _copy_into(averaged)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for (p, _), value in zip(pairs, trained, strict=True):
-                    p.copy_(value)
+            trained, self._trained = self._trained, []
+            _copy_into(trained)
+
+    @contextmanager
+    def trained_weights(self) -> Iterator[None]:
+        """A block within :meth:`ema_weights` in which the model holds its trained weights after all."""
+        _copy_into(self._trained)
+        try:
+            yield
+        finally:
+            _copy_into([(p, self.state[p]["ema"]) for p, _ in self._trained])
+
+
+@torch.no_grad()
+def _copy_into(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    for p, value in pairs:
+        p.copy_(value)
 
 
 def no_optimizer(cfg: OptimConfig) -> AdamWEMA:

@@ -43,6 +43,16 @@ def test_loss_at_the_optimum_is_the_posterior_variance(predict, weighting, num_d
     assert abs(mean - expected) < 3 * error
 
 
+@pytest.mark.parametrize("predict", [Predict.eps, Predict.x0, Predict.v])
+def test_errors_at_given_steps_are_the_posterior_variances_there(predict, exact_net, means):
+    diffusion = GaussianDiffusion(DiffusionConfig(predict=predict))
+    steps = [50, 500, 950]
+    noise = Noise.at(0, range(2000))
+    errors = diffusion.errors_at(exact_net(diffusion, STD), data(noise), means(MEAN, rows=2000), noise, steps)
+    assert errors.shape == (2000, 3)
+    assert_close(errors.mean(0), 1 / (STD**-2 + diffusion.schedule.snr[steps]), rtol=0.03, atol=0)
+
+
 def test_a_worse_network_has_a_larger_loss(exact_net, means):
     diffusion = GaussianDiffusion(DiffusionConfig(predict=Predict.x0))
     best, error = average(diffusion, exact_net(diffusion, STD), means)

@@ -264,6 +264,23 @@ def test_bf16_autocast_stays_near_float32():
     assert_close(rough, exact, rtol=0.05, atol=0)
 
 
+def test_its_measures_keep_the_caption_and_repeat_themselves():
+    """A net that answers 0 is wrong by the mean square of the encoded z_i, at every timestep."""
+    batch, noise = make_batch(), Noise([1, 2, 3, 4])
+    prior = make(drop_text=1.0)
+    found = prior.measures(batch, noise)
+    assert list(found) == [f"mse_at_{percent:02}" for percent in range(5, 100, 10)]
+    assert all(value.shape == (4,) for value in found.values())
+    assert_close(found, prior.measures(batch, noise))
+    other = prior.measures(replace(batch, text_emb=batch.text_emb.flip(0), text_seq=batch.text_seq.flip(0)), noise)
+    assert (found["mse_at_55"] - other["mse_at_55"]).abs().max() > 1e-6
+    with torch.no_grad():
+        for parameter in prior.net.proj_to_clip_embeddings.parameters():
+            parameter.zero_()
+    for value in prior.measures(batch, noise).values():
+        assert_close(value, prior.encode(batch.image_emb).square().mean(1))
+
+
 def test_losses_and_sampling_never_wait_for_the_device():
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         prior = DiffusionPrior(DiffusionPriorConfig(net=PriorNetConfig(width=32, depth=2, num_heads=2)), INTERFACE)

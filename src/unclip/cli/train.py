@@ -1,4 +1,4 @@
-"""The Hydra commands: train-clip, train-prior, train-decoder, train-upsampler and unclip-embed."""
+"""The Hydra commands: train-clip, train-prior, train-decoder, train-upsampler, unclip-embed and unclip-evaluate."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from unclip.errors import told_to_the_user
+from unclip.errors import ConfigError, told_to_the_user
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -75,6 +75,30 @@ def train_upsampler() -> None:
         return train(typed(raw, UpsamplerTrainConfig))
 
     _main("train_upsampler", run)
+
+
+def evaluate() -> None:
+    """Measure a trained stage: unclip-evaluate prior run=... prior=RUN data.path=... data.embeddings=..."""
+    with told_to_the_user():
+        kind = _kind(sys.argv)
+
+    def run(raw: DictConfig) -> Any:
+        from unclip.cli.evaluate import evaluate
+
+        return evaluate(kind, raw)
+
+    _main("evaluate", run)
+
+
+def _kind(argv: list[str]) -> str:
+    """Take the kind of evaluation off the command line and choose its settings; plain --help shows those of a prior."""
+    known = sorted(path.stem for path in (CONF / "evaluation").glob("*.yaml"))
+    if argv[1:] == ["--help"]:
+        return known[0]
+    if len(argv) < 2 or argv[1] not in known:
+        raise ConfigError(f"say first what to evaluate: unclip-evaluate KIND run=...; kinds: {', '.join(known)}")
+    argv[1] = f"evaluation={argv[1]}"
+    return argv[1].removeprefix("evaluation=")
 
 
 def _main(root: str, run: Callable[[DictConfig], Any]) -> None:

@@ -50,7 +50,7 @@ class Batch:
     def split(self, parts: int) -> "list[Batch]":
         """At most ``parts`` batches of consecutive rows, as equal as they can be; views of this one's tensors."""
         size = -(-len(self) // parts)
-        return [self._rows(slice(start, start + size)) for start in range(0, len(self), size)]
+        return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
 
     @staticmethod
     def merged(batches: "list[Batch]") -> "Batch":
@@ -66,7 +66,8 @@ class Batch:
                 columns[f.name] = _cat_padded(values)[order]
         return Batch(**columns)
 
-    def _rows(self, rows: slice) -> "Batch":
+    def rows(self, rows: slice) -> "Batch":
+        """The batch of these rows; views of this one's tensors."""
         return replace(
             self, **{f.name: value[rows] for f in fields(self) if (value := self.__dict__[f.name]) is not None}
         )

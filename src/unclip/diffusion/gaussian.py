@@ -1,6 +1,7 @@
 """Training losses of a diffusion model, and the denoiser that samplers call."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
@@ -254,6 +255,19 @@ class GaussianDiffusion:
             return output.float(), None
         prediction, v = output.float().chunk(2, dim=1)
         return prediction, (v + 1) / 2
+
+    @torch.no_grad()
+    def errors_at(self, net: Net, x0: Tensor, context: Any, noise: Noise, steps: Sequence[int]) -> Tensor:
+        """(B, K) squared errors of the predicted x0 (B, ...), mean over its numbers, at K given training steps.
+
+        Each step has its own draw of noise. The network sees x_t (B, K, ...) as with num_draws.
+        """
+        self.schedule = schedule = self.schedule.to(x0.device)
+        step = torch.tensor(steps, device=x0.device).expand(len(x0), -1)
+        x0 = x0.float().unsqueeze(1).expand(-1, len(steps), *x0.shape[1:])
+        x_t = schedule.q_sample(step, x0, noise.normal(tuple(x0.shape[1:]), "eps of given steps"))
+        output, _ = self.split(net(x_t, schedule.timesteps[step], context))
+        return (self.to_x0(schedule, step, output, x_t) - x0).square().flatten(2).mean(-1)
 
     def target(self, step: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
         """What the network should output."""

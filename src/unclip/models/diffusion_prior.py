@@ -23,6 +23,7 @@ from unclip.nets.prior_run import PriorRun
 from unclip.nets.transformer import PriorNet, PriorNetConfig
 
 PAPER_STD = 0.5375  # 17.2 / sqrt(1024): the paper's scale of z_i, as the standard deviation of one of its numbers
+MEASURED_PERCENT = range(5, 100, 10)  # of the schedule, where validation looks
 
 
 class EmbeddingSpace(Enum):
@@ -152,6 +153,17 @@ class DiffusionPrior(nn.Module):
         context = self.net.prepare(self._scaled(self.cond(batch)), keep)
         draws = None if self.cfg.num_draws == 1 else self.cfg.num_draws
         return self.diffusion.losses(self.net, self.encode(batch.image_emb), context, noise, num_draws=draws)
+
+    @torch.no_grad()
+    def measures(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
+        """``mse_at_05`` ... ``mse_at_95`` (B,): squared errors of the predicted x0 at so many percent of the schedule.
+
+        In the space z_i is diffused in; no caption is dropped.
+        """
+        context = self.net.prepare(self._scaled(self.cond(batch)), Keep())
+        steps = [len(self.diffusion.schedule) * percent // 100 for percent in MEASURED_PERCENT]
+        errors = self.diffusion.errors_at(self.net, self.encode(batch.column("image_emb")), context, noise, steps)
+        return {f"mse_at_{percent:02}": errors[:, i] for i, percent in enumerate(MEASURED_PERCENT)}
 
     @torch.no_grad()
     def sample(self, cond: Cond, how: PriorSampling, noise: Noise, negative: Cond | None = None) -> Tensor:

@@ -1,37 +1,31 @@
 """The prior: caption and z_t to z_i; validation compares sampled z_i with the true ones."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.data.batch import Batch
-from unclip.evaluation.metrics import retrieval
+from unclip.evaluation.prior import PriorEvaluation
 from unclip.stages.base import Row, Stage
 
 
 class PriorStage(Stage):
+    """Validation reports the averaged weights, as that of every stage; under ``val/online/`` stand the trained weights'
+    losses, which cost no sampling."""
+
     columns = ("true picture", "nearest to the sampled z_i", "2nd", "3rd", "4th")
 
     def start_validation(self) -> None:
-        self._sampled: list[Tensor] = []
-        self._true: list[Tensor] = []
-        self._captions: list[str] = []
+        self._evaluation = PriorEvaluation(self.model, self.noise)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        sampled = self._sample(batch)
-        true, text = (F.normalize(batch.column(name), dim=1) for name in ("image_emb", "text_emb"))
-        size = len(batch)
-        self.log("val/cosine_to_true", (sampled * true).sum(1).mean(), batch_size=size, sync_dist=True)
-        self.log("val/cosine_to_text", (sampled * text).sum(1).mean(), batch_size=size, sync_dist=True)
-        self.log("val/cosine_text_to_true", (text * true).sum(1).mean(), batch_size=size, sync_dist=True)
-        self._sampled.append(sampled.cpu())
-        self._true.append(true.cpu())
-        self._captions += batch.caption
+        self._evaluation.add(batch)
+        if self.optim_cfg.ema_decay:
+            with self.adamw.trained_weights():
+                self._evaluation.add_losses(batch, prefix="online/")
 
     def on_validation_epoch_end(self) -> None:
-        found = retrieval(torch.cat(self._true), torch.cat(self._sampled), self._captions)
-        self.log_dict({f"val/{name}": value for name, value in found.items() if name.startswith("text_to_image")})
+        found = self._evaluation.summary()
+        self.log_dict({f"val/{name}": value for name, value in found.items()}, sync_dist=True)
 
     def _sample(self, batch: Batch) -> Tensor:
         drawn = self.model.sample(self.model.cond(batch), self.model.default_sampling(), self.noise(batch))

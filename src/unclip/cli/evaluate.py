@@ -1,0 +1,51 @@
+"""``unclip-evaluate KIND``: measure a trained stage on data that it did not see, and write down what was found."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from unclip.config import typed
+from unclip.data.shards import write_atomic
+from unclip.evaluation.prior import PriorEvaluateConfig, evaluate_prior
+from unclip.run_lock import RunLock
+
+EVALUATIONS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {"prior": (PriorEvaluateConfig, evaluate_prior)}
+FILE = "evaluation.json"
+GOOD = {  # what to compare a measure with
+    "cosine_to_true": "the higher the better",
+    "cosine_to_text": "near cosine_text_to_true",
+    "cosine_text_to_true": "a property of CLIP and the data",
+    "cosine_difference": "near 0",
+    "cosine_to_unrelated": "near cosine_true_to_unrelated",
+    "cosine_true_to_unrelated": "a property of CLIP and the data",
+    "recall_1": "above recall_by_text_1",
+    "recall_5": "above recall_by_text_5",
+    "recall_10": "above recall_by_text_10",
+    "diversity": "0: always the same z_i",
+    "diversity_ratio": "1: samples vary as the truth does",
+}
+
+
+def evaluate(kind: str, raw: DictConfig) -> dict[str, Any]:
+    """Run one kind of evaluation; its result goes to ``run/evaluation.json`` and, as a table, to the terminal."""
+    config, work = EVALUATIONS[kind]
+    cfg = typed(raw, config)
+    run = Path(cfg.run)
+    with RunLock(run):
+        found = work(cfg)
+        write_atomic(run / FILE, (json.dumps(found, indent=2) + "\n").encode())
+    Console().print(_table(found))
+    return found
+
+
+def _table(found: dict[str, Any]) -> Table:
+    title = f"{found['artifact']} ({found['model']}, step {found['step']}) on {found['samples']} samples of {found['split']}"
+    table = Table("measure", "value", "healthy", title=title, title_justify="left")
+    for name, value in found["measures"].items():
+        table.add_row(name, f"{value:.4f}", GOOD.get(name, ""))
+    return table
