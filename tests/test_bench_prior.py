@@ -79,6 +79,24 @@ def test_a_required_peer_that_is_missing_stops_the_benchmark(monkeypatch: pytest
         prior.has_peer()
 
 
+def test_sides_of_unequal_size_are_not_compared(monkeypatch: pytest.MonkeyPatch):
+    prior = module("prior", monkeypatch)
+
+    class Fake:
+        def __init__(self, parameters: int) -> None:
+            self.parameters = parameters
+
+        def ask(self, what: str, shape: dict[str, int]) -> dict[str, int]:
+            return {"parameters": self.parameters}
+
+    def build(theirs: int) -> dict:
+        return prior.build({"unclip": Fake(1000), "diffusers": Fake(theirs)}, prior.SIZES["smoke"])
+
+    assert build(1030)["diffusers"]["parameters"] == 1030
+    with pytest.raises(SystemExit, match=r"parameters differ by more than 3%.*1031.*change SIZES"):
+        build(1031)
+
+
 def test_captions_have_the_stated_lengths(monkeypatch: pytest.MonkeyPatch):
     prior = module("prior", monkeypatch)
     emoji, coco = (prior.caption_lengths(kind, 20_000) for kind in ("emoji", "coco"))
@@ -120,6 +138,15 @@ def test_draws_prints_a_table_and_the_figures():
     for cell in cells:
         assert cell["steps"] > 0
         assert cell["seconds_loss_cosine"][-1][0] >= 0.4
+
+
+@pytest.mark.parametrize("wrong", [("--seeds", "0"), ("--batch-size", "0"), ("--seconds", "0")])
+def test_draws_refuses_useless_numbers(wrong: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys):
+    draws = module("draws", monkeypatch)
+    monkeypatch.setattr(sys, "argv", ["draws.py", *wrong])
+    with pytest.raises(SystemExit):
+        draws.arguments()
+    assert "must be positive" in capsys.readouterr().err
 
 
 def test_draws_reads_embeddings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
