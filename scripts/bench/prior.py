@@ -143,7 +143,7 @@ def build(sides: dict[str, Side], numbers: dict[str, int]) -> dict[str, dict[str
         shape.setdefault("parameters", built[name]["parameters"])  # the peer's are made to match
     print(f"built: {built}", file=sys.stderr)
     ours = built["unclip"]["parameters"]
-    if any(abs(facts["parameters"] / ours - 1) > TOLERANCE for facts in built.values()):
+    if any(abs(facts["parameters"] - ours) > TOLERANCE * ours for facts in built.values()):
         raise SystemExit(f"not comparable, parameters differ by more than {TOLERANCE:.0%}: {built}; change SIZES")
     return built
 
