@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 15
 EMOJI_MINUTES ?= 55
+BENCH ?= $(filter-out turns peer_worker,$(basename $(notdir $(wildcard scripts/bench/*.py))))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## Show this help
@@ -32,6 +33,15 @@ test: setup ## Run the tests
 test-slow: setup ## Run the tests that take minutes or fetch packages
 	$(BIN)/python -m pytest -m slow
 
+bench: setup .venv-peer/ready ## Measure against the peers, each in its own environment (BENCH="prior draws")
+	@for name in $(BENCH); do echo "== $$name"; $(BIN)/python scripts/bench/$$name.py --quick; done
+
+.venv-peer/ready: scripts/bench/peer-constraints.txt
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/python -m pip install --quiet --upgrade pip
+	.venv-peer/bin/python -m pip install --quiet -c $< dalle2-pytorch setuptools
+	@touch $@
+
 lint: setup ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -46,4 +56,4 @@ format: setup ## Rewrite the code in the house style
 clean: ## Remove runs and caches; keeps .venv
 	rm -rf runs data dist .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo emoji test test-slow lint types format clean
+.PHONY: help setup demo emoji test test-slow bench lint types format clean

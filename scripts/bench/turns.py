@@ -18,14 +18,19 @@ import torch
 ROUNDS = {"smoke": 1, "quick": 2, "full": 5}
 
 
-def size_from_command_line(description: str) -> str:
-    """One of "smoke", "quick" and "full"."""
+def command_line(description: str) -> argparse.ArgumentParser:
+    """A parser that sets ``size`` to "smoke", "quick" or "full", for a benchmark that has settings of its own."""
     parser = argparse.ArgumentParser(description=description)
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--smoke", action="store_const", const="smoke", dest="size", help="tiny sizes, under a minute")
     choice.add_argument("--quick", action="store_const", const="quick", dest="size", help="stated sizes, two rounds")
     parser.set_defaults(size="full")
-    return parser.parse_args().size
+    return parser
+
+
+def size_from_command_line(description: str) -> str:
+    """One of "smoke", "quick" and "full"."""
+    return command_line(description).parse_args().size
 
 
 def seconds(work: Callable[[], object]) -> float:
