@@ -149,7 +149,7 @@ def test_all_weights_are_trained_and_learn(name: str):
         optimizer.zero_grad()
         terms = model.losses(batch, Noise(range(5)))
         torch.stack(list(terms.values())).sum().backward()
-        losses.append(float(terms["mse"]))
+        losses.append(float(terms["mse"].detach()))
         assert all(p.grad is not None for p in model.parameters())
         optimizer.step()
     assert losses[-1] < 0.1 * losses[0]

@@ -17,6 +17,7 @@ from unclip.diffusion.samplers import Sampler, sample
 from unclip.errors import ConfigError
 from unclip.models.decoder import cut_to
 from unclip.models.interface import Interface, PriorConfig
+from unclip.models.pca import PCA
 from unclip.models.sampling import PriorSampling
 from unclip.nets.layers import ClipWidths, Cond, Keep
 from unclip.nets.prior_run import PriorRun
@@ -83,7 +84,6 @@ class DiffusionPrior(nn.Module):
 
     clip_mean: Tensor
     clip_std: Tensor
-    pca_basis: Tensor
     x0_var: Tensor
 
     def __init__(self, cfg: DiffusionPriorConfig, interface: Interface):
@@ -100,7 +100,7 @@ class DiffusionPrior(nn.Module):
         self.register_buffer("clip_mean", torch.zeros(1, interface.embed_dim))
         self.register_buffer("clip_std", torch.ones(1, self.num_channels))
         if cfg.embedding_space is EmbeddingSpace.pca:
-            self.register_buffer("pca_basis", torch.eye(self.num_channels, interface.embed_dim))
+            self.pca = PCA(interface.embed_dim)
         self.register_buffer("x0_var", torch.empty(0), persistent=False)  # empty: not gathered yet
 
     @property
@@ -114,10 +114,9 @@ class DiffusionPrior(nn.Module):
                 self.clip_mean.copy_(torch.as_tensor(embeddings.stats["image_mean"]).view(1, -1))
                 self.clip_std.copy_(torch.as_tensor(embeddings.stats["image_std"]).view(1, -1).clamp(min=1e-6))
             case EmbeddingSpace.pca:
-                mean, std, basis = principal_components(embeddings, self.num_channels)
-                self.clip_mean.copy_(mean)
-                self.clip_std.copy_(std.clamp(min=1e-6))
-                self.pca_basis.copy_(basis)
+                blocks = (part["image_emb"] for part in in_parts(embeddings, ["image_emb"]))
+                self.pca.fit(blocks, num_components=self.num_channels)
+                self.clip_std.copy_(self.pca.eigenvalues[: self.num_channels].sqrt().clamp(min=1e-6))
 
     def finish(self, embeddings: Any) -> None:
         """Nothing to gather after training."""
@@ -225,21 +224,16 @@ class DiffusionPrior(nn.Module):
         """Raw z_i (..., D) into the space of the diffusion."""
         if self.scaled:
             return F.normalize(image_emb.float(), dim=-1) * self.embedding_scale
-        with torch.autocast(image_emb.device.type, enabled=False):
-            centred = image_emb.float() - self.clip_mean
-            if self.cfg.embedding_space is EmbeddingSpace.pca:
-                centred = centred @ self.pca_basis.T
-        return centred / self.clip_std
+        if self.cfg.embedding_space is EmbeddingSpace.pca:
+            return self.pca.encode(image_emb) / self.clip_std
+        return (image_emb.float() - self.clip_mean) / self.clip_std
 
     def decode(self, x0: Tensor) -> Tensor:
         """Back from the space of the diffusion: unit norm if scaled, else raw z_i."""
         if self.scaled:
             return F.normalize(x0, dim=-1)
         spread = x0 * self.clip_std
-        with torch.autocast(x0.device.type, enabled=False):
-            if self.cfg.embedding_space is EmbeddingSpace.pca:
-                spread = spread @ self.pca_basis
-        return spread + self.clip_mean
+        return self.pca.decode(spread) if self.cfg.embedding_space is EmbeddingSpace.pca else spread + self.clip_mean
 
     @property
     def embedding_scale(self) -> float:
@@ -256,18 +250,6 @@ def best_candidate(drawn: Tensor, text_emb: Tensor) -> Tensor:
     """Of drawn (B, K, D), the candidate of each row closest in angle to text_emb (B, D)."""
     closeness = torch.einsum("bkd,bd->bk", F.normalize(drawn, dim=-1), text_emb.to(drawn.dtype))
     return drawn[torch.arange(len(drawn), device=drawn.device), closeness.argmax(dim=1)]
-
-
-def principal_components(embeddings: Any, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all raw z_i: mean (D,), and of the ``count`` first components standard deviations and unit axes (count, D)."""
-    total, products, rows = 0.0, 0.0, 0
-    for part in in_parts(embeddings, ["image_emb"]):
-        z_i = part["image_emb"].double()
-        total, products, rows = total + z_i.sum(0), products + z_i.T @ z_i, rows + len(z_i)
-    mean = torch.as_tensor(total / rows)
-    variances, axes = torch.linalg.eigh(products / rows - mean[:, None] * mean)
-    largest = variances.flip(0)[:count].clamp(min=0)
-    return mean.float(), largest.sqrt().float(), axes.flip(1)[:, :count].T.float()
 
 
 def in_parts(embeddings: Any, columns: Sequence[str], size: int = 65536) -> Iterator[dict[str, Tensor]]:

@@ -41,5 +41,6 @@ class UpsamplerSampling(DiffusionSampling):
     noise_level: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.noise_level < 0:
             raise ValueError(f"noise_level is {self.noise_level}, a standard deviation; 0 adds no noise")
