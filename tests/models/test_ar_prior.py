@@ -65,8 +65,8 @@ def make_batch(size: int = 4) -> Batch:
     torch.manual_seed(1)
     tokens = torch.randint(1, 30, (size, L))
     tokens[:, 3], tokens[:, 4:] = 39, 0
-    columns = {name: torch.from_numpy(value[:size]) for name, value in pairs().columns.items()}
-    return Batch(["k"] * size, list(range(10, 10 + size)), ["c"] * size, tokens=tokens, **columns)
+    image, text = (torch.from_numpy(pairs().columns[name][:size]) for name in ("image_emb", "text_emb"))
+    return Batch(["k"] * size, list(range(10, 10 + size)), ["c"] * size, tokens=tokens, image_emb=image, text_emb=text)
 
 
 def other_text(batch: Batch) -> Batch:
