@@ -99,6 +99,26 @@ def test_verdict_and_report(chain: Path):
     assert "http" not in page.split("</style>")[1].split("base64")[0]
 
 
+def test_an_autoregressive_prior_takes_the_diffusion_priors_place(chain: Path):
+    stored, small = "data.embeddings=runs/embeddings", TINY["ar_prior"]
+    run_command("train-prior", "model=ar_prior", "run=ar/prior", "data.path=data", stored, *small, cwd=chain)
+    manifest = json.loads((chain / "ar/prior/artifact/manifest.json").read_text())
+    assert (manifest["kind"], manifest["model"]) == ("prior", "ar_prior")
+    measured = manifest["metrics"]
+    assert measured["val/cross_entropy"] > 0
+    assert measured["val/nats_per_code"] > 0
+    assert 0 <= measured["val/reconstruction_mse"] < 0.2
+    assert 0.9 < measured["val/reconstruction_cosine"] <= 1
+    for stage in ("clip", "decoder", "upsampler"):
+        (chain / "ar" / stage).symlink_to(chain / "runs" / stage)
+    generate = ["unclip", "generate", "a red cube", "--from", "ar", "--num", "1", "--candidates", "2", "--out"]
+    run_command(*generate, "ar_out", "--prior-guidance", "2", cwd=chain)
+    history = json.loads(Image.open(next((chain / "ar_out").glob("0*.png"))).info["unclip"])
+    assert history["artifacts"]["prior"] == manifest["hash"]
+    said = run_command(*generate, "y", "--prior-steps", "3", cwd=chain, code=1)
+    assert "the prior of this chain (ar_prior) draws code by code, not in steps: leave out --prior-steps" in said
+
+
 def test_stages_of_two_clips_are_refused(chain: Path):
     other = ["run=other/clip", "data.path=data", *TINY["clip"], "seed=1"]
     run_command("train-clip", *other, cwd=chain)

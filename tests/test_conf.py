@@ -39,7 +39,7 @@ def shipped() -> list[tuple[str, list[str]]]:
         cases.append((STAGE_OF[stage], [f"experiment={path.stem}", *asked]))
     cases += [("evaluate", [f"evaluation={path.stem}"]) for path in sorted(CONF.glob("evaluation/*.yaml"))]
     cases += [("train_decoder", [f"logger={path.stem}"]) for path in sorted(CONF.glob("logger/*.yaml"))]
-    priors = ("diffusion_prior", "eclipse_prior", "identity", "linear_prior", "mlp_prior")
+    priors = ("ar_prior", "diffusion_prior", "eclipse_prior", "identity", "linear_prior", "mlp_prior")
     cases += [("train_prior", [f"model={name}"]) for name in priors]
     cases += [("train_decoder", [f"trainer={path.stem}"]) for path in sorted(CONF.glob("trainer/*.yaml"))]
     return cases
@@ -88,7 +88,7 @@ def test_misspelt_key_is_refused_by_name(prefix: str):
         ("logger.offline=true", "offline applies to wandb only"),
         ("model.net=3", r"model\.net must be a group of settings"),
         ("model.diffusion.learned_variance=yes please", "is not a valid bool"),
-        ("model=clip", r"model\.kind=clip does not fit this command; choose one of: diffusion_prior"),
+        ("model=clip", r"model\.kind=clip does not fit this command; choose one of: ar_prior, diffusion_prior"),
         ("trainer.batch_size=3 trainer.devices=2", "it must be a multiple of"),
     ],
 )

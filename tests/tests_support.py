@@ -28,6 +28,11 @@ TINY = {
         ),
         *_STEPS,
     ],
+    "ar_prior": [
+        *_SHORT,
+        *("model.net.width=32", "model.net.depth=1", "model.net.num_heads=2", "data.image_size=16"),
+        *("model.net.text.width=32", "model.net.text.depth=1", "model.net.text.num_heads=2", "model.num_buckets=8"),
+    ],
     "decoder": [
         *_SHORT,
         *_UNET,

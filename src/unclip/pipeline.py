@@ -14,7 +14,7 @@ from unclip.artifact import Manifest
 from unclip.config import Precision
 from unclip.diffusion.noise import Noise
 from unclip.errors import ArtifactError
-from unclip.models.sampling import DiffusionSampling, NoSampling, PriorSampling, UpsamplerSampling
+from unclip.models.sampling import AnyPriorSampling, DiffusionSampling, UpsamplerSampling
 from unclip.nets.layers import Cond
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Sampling:
     """How each stage samples; None takes what the stage's artifact says."""
 
-    prior: PriorSampling | NoSampling | None = None
+    prior: AnyPriorSampling | None = None
     decoder: DiffusionSampling | None = None
     upsampler: UpsamplerSampling | None = None
 
@@ -103,7 +103,7 @@ class UnCLIP:
         with self._autocast:
             return self.models["clip"].encode_image(pictures.to(self.device)).float()
 
-    def sample_prior(self, text: Cond, seeds: Sequence[int], how: PriorSampling | NoSampling | None = None) -> Tensor:
+    def sample_prior(self, text: Cond, seeds: Sequence[int], how: AnyPriorSampling | None = None) -> Tensor:
         """z_i (B, D) for embedded captions."""
         prior = self.models["prior"]
         noise = Noise(seeds, self.device).branch("prior")

@@ -17,7 +17,7 @@ from unclip.data.shards import Shards
 from unclip.data.transforms import load_image
 from unclip.errors import ConfigError
 from unclip.evaluation.sheet import draw_gallery, draw_table, save_picture
-from unclip.models.sampling import NoSampling, PriorSampling
+from unclip.models.sampling import AnyPriorSampling, ARSampling, NoSampling
 from unclip.pipeline import Picture, Sampling, UnCLIP
 
 
@@ -40,17 +40,24 @@ class Overrides:
         decoder = _changed(pipeline, "decoder", self.decoder_steps, self.decoder_guidance)
         return Sampling(prior=self._prior(pipeline), decoder=decoder, upsampler=upsampler)
 
-    def _prior(self, pipeline: UnCLIP) -> PriorSampling | NoSampling:
-        if isinstance(pipeline.models["prior"].default_sampling(), NoSampling):
+    def _prior(self, pipeline: UnCLIP) -> AnyPriorSampling:
+        how, name = pipeline.models["prior"].default_sampling(), pipeline.manifests["prior"].model
+        if isinstance(how, NoSampling):
             if self.candidates is not None or self.prior_steps is not None or self.prior_guidance is not None:
-                name = pipeline.manifests["prior"].model
                 raise ConfigError(
                     f"the prior of this chain, a {name}, has one answer for a caption: leave out --candidates, "
                     "--prior-steps and --prior-guidance"
                 )
-            return NoSampling()
-        prior: PriorSampling = _changed(pipeline, "prior", self.prior_steps, self.prior_guidance)
-        return prior if self.candidates is None else replace(prior, num_candidates=self.candidates)
+            return how
+        if isinstance(how, ARSampling):
+            if self.prior_steps is not None:
+                raise ConfigError(
+                    f"the prior of this chain ({name}) draws code by code, not in steps: leave out --prior-steps"
+                )
+            how = how if self.prior_guidance is None else replace(how, guidance_scale=self.prior_guidance)
+        else:
+            how = _changed(pipeline, "prior", self.prior_steps, self.prior_guidance)
+        return how if self.candidates is None else replace(how, num_candidates=self.candidates)
 
 
 def _changed(pipeline: UnCLIP, stage: str, steps: int | None, scale: float | None) -> Any:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from unclip.models.ar_prior import ARPrior, ARPriorConfig
 from unclip.models.baseline_priors import (
     EclipsePrior,
     EclipsePriorConfig,
@@ -22,6 +23,7 @@ from unclip.models.upsampler import Upsampler, UpsamplerConfig
 
 REGISTRY: dict[str, tuple[type[ModelConfig], type[nn.Module]]] = {
     "clip": (CLIPConfig, CLIP),
+    "ar_prior": (ARPriorConfig, ARPrior),
     "diffusion_prior": (DiffusionPriorConfig, DiffusionPrior),
     "eclipse_prior": (EclipsePriorConfig, EclipsePrior),
     "identity": (IdentityConfig, IdentityPrior),

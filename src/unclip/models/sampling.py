@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 
@@ -44,3 +47,55 @@ class UpsamplerSampling(DiffusionSampling):
         super().__post_init__()
         if self.noise_level < 0:
             raise ValueError(f"noise_level is {self.noise_level}, a standard deviation; 0 adds no noise")
+
+
+@dataclass
+class ARSampling:
+    """Of the autoregressive prior; the paper gives the percentile (50 was best of 50, 70, 85, 95), the rest is ours.
+
+    ``percentile``: the dot product of z_i and z_t is drawn from above it. ``temperature`` divides the logits (0: always the
+    likeliest bucket); ``top_p`` leaves out the least likely buckets beyond that share (Holtzman et al. 2020).
+    ``guidance_scale`` s makes the logits null + s (conditional - null); 1 is none. Of ``num_candidates`` draws the one
+    closest to z_t is kept.
+    """
+
+    percentile: float = 50.0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    guidance_scale: float = 1.0
+    num_candidates: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.percentile < 100:
+            raise ValueError(f"percentile is {self.percentile}; it must lie in [0, 100), 50 being the top half")
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; it must not be negative")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it is a share, above 0 and at most 1")
+        if self.temperature == 0 and self.top_p < 1:
+            raise ValueError("top_p has no effect at temperature=0, which takes the likeliest bucket; leave out one")
+        if self.num_candidates < 1:
+            raise ValueError(f"num_candidates is {self.num_candidates}; it must be at least 1")
+
+    def guided(self, logits: Tensor) -> Tensor:
+        """Logits (B, V); with guidance from (2B, V), the unconditional rows last."""
+        if self.guidance_scale == 1.0:
+            return logits.float()
+        cond, null = logits.float().chunk(2)
+        return null + self.guidance_scale * (cond - null)
+
+    def pick(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """A bucket (B,) for each row of logits (B, V), by inverting the distribution function at uniform (B,)."""
+        if self.temperature == 0:
+            return logits.argmax(dim=-1)
+        shares = (logits / self.temperature).softmax(dim=-1)
+        if self.top_p < 1:
+            ordered, places = shares.sort(dim=-1, descending=True)
+            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
+            shares = torch.zeros_like(shares).scatter(-1, places, ordered)
+        cumulative = shares.cumsum(dim=-1)
+        below = cumulative <= uniform[:, None] * cumulative[:, -1:]
+        return below.sum(dim=-1).clamp(max=logits.shape[-1] - 1)
+
+
+AnyPriorSampling = PriorSampling | ARSampling | NoSampling
