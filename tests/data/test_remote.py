@@ -116,6 +116,7 @@ def test_reads_wait_for_a_server_that_is_away(
     assert re.search(
         r"waiting for http://\S+ \(.*503.*\): next try in 0\.\d s, 0 of at most 20 s are over", caplog.text
     )
+    del stream  # its thread would wait, too
     server.failures = 10**6
     with pytest.raises(
         DataError, match=r"could not be read for .*is the address right and the server up\? data\.retry_sec"

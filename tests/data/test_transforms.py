@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from unclip.data import transforms
 from unclip.data.transforms import load_image
 from unclip.errors import DataError
 
@@ -73,3 +74,37 @@ def test_damaged_camera_data_is_one_error() -> None:
 def test_what_cannot_be_decoded_is_one_error(content: bytes) -> None:
     with pytest.raises(DataError, match="cannot be decoded"):
         load_image(content)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("shape", [(16, 16), (33, 47), (257, 130), (301, 512)])
+def test_the_fast_jpeg_decoder_gives_pils_bytes(
+    mode: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    height, width = shape
+    colours = np.random.default_rng(1).integers(0, 256, (height // 6, width // 6, 3), dtype=np.uint8)
+    picture = Image.fromarray(colours).resize((width, height)).convert(mode)
+    for options in ({"quality": 60}, {"quality": 95, "progressive": True}, {"quality": 80, "subsampling": 0}):
+        buffer = io.BytesIO()
+        picture.save(buffer, "JPEG", **options)
+        content = buffer.getvalue()
+        for size in (None, 8, 16, 32, 100):  # 8 and 16 decode to a fraction of the size
+            assert transforms._plain_jpeg(content, size) is not None
+            fast = transforms.load_pixels(content, size)
+            with monkeypatch.context() as patch:
+                patch.setattr(transforms, "_plain_jpeg", lambda *_: None)
+                assert np.array_equal(fast, transforms.load_pixels(content, size))
+
+
+def test_pictures_that_may_be_turned_or_are_damaged_are_left_to_pil() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 2)).save(buffer, "JPEG")
+    content = buffer.getvalue()
+    assert transforms._plain_jpeg(content, None) is not None
+    assert transforms._plain_jpeg(content[:-40], None) is None
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (4, 2)).save(buffer, "JPEG", exif=exif)
+    assert transforms._plain_jpeg(buffer.getvalue(), None) is None
+    assert transforms.load_pixels(buffer.getvalue()).shape == (4, 2, 3)

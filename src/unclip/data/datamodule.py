@@ -226,7 +226,9 @@ class UnclipData(pl.LightningDataModule):
             self.rank, self.world_size = self.trainer.global_rank, self.trainer.world_size
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Counts what was read and replaced; DataError where that is too much."""
+        """Counts what training read and replaced; DataError where that is too much."""
+        if self.trainer is not None and not self.trainer.training:
+            return batch
         self.num_read += len(batch)
         found = [key for key in batch.replaced if key]
         self.num_replaced += len(found)

@@ -28,7 +28,7 @@ class Pictures:
         self.num_replaced = 0
         self._instead: dict[int, int] = {}
         self._wants_cache = cache
-        self._shape: tuple[int, ...] | None = None  # (H, W, 3)
+        self._shape: tuple[int, ...] = ()  # (H, W, 3)
         self._cached: np.ndarray | None = None  # (N, 3, H, W)
         self._filled: np.ndarray | None = None  # (N,) bool
         if cache:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from unclip.data.remote import PIPE, is_url
 from unclip.errors import ConfigError
@@ -24,7 +24,7 @@ def place_of(path: str | Sequence[str], split: str) -> str | list[str]:
         )
     try:
         return [location for item in shards for location in braceexpand(item)]
-    except UnbalancedBracesError as error:
+    except ValueError as error:  # unbalanced braces
         raise ConfigError(f"data.path={path}: {error}") from error
 
 

@@ -62,12 +62,14 @@ def _plain_jpeg(content: bytes, size: int | None) -> np.ndarray | None:
     if not content.startswith(b"\xff\xd8\xff") or any(mark in content for mark in _ORIENTED):
         return None
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        *sides, colours, _ = simplejpeg.decode_jpeg_header(content)
+        height, width = map(int, sides)
         if colours not in ("YCbCr", "Gray") or height * width > MAX_PIXELS:
             return None
         shrink = 1 if size is None else max((s for s in (8, 4, 2) if min(height, width) // (2 * size) >= s), default=1)
-        least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)} if shrink > 1 else {}
-        return simplejpeg.decode_jpeg(content, "RGB", **least)
+        if shrink == 1:
+            return simplejpeg.decode_jpeg(content, "RGB")
+        return simplejpeg.decode_jpeg(content, "RGB", min_height=-(-height // shrink), min_width=-(-width // shrink))
     except ValueError:
         return None
 
