@@ -148,12 +148,10 @@ def embed_with(clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:
     part, parts = cfg.share()
     missing = [not job.done() for job in every]
     check_storage(every, missing, clip, interface, cfg)
-    mine = [job for number, job in enumerate(every) if number % parts == part]
     todo = [job for number, job in enumerate(every) if number % parts == part and missing[number]]
-    total = sum(len(job.samples) for job in mine)
+    total = sum(len(job.samples) for job in todo)
     title = f"embedding {cfg.data}" + (f", part {part} of {parts}" if parts > 1 else "")
     with _progress(total, title) as advance, _background() as soon:
-        advance(total - sum(len(job.samples) for job in todo))
         for job, parts_of_job in _encoded(clip, todo, cfg, advance):
             soon(partial(_write, job, parts_of_job))
     for name, writer in writers.items():
@@ -187,15 +185,10 @@ def check_storage(every: list[_Job], missing: list[bool], clip: CLIP, interface:
 
 
 def _longest(every: list[_Job], tokenizer: Tokenizer, cfg: EmbedConfig, most: int = 256) -> int:
-    """The longest caption in tokens among ``most`` samples, spread evenly."""
-    places = [
-        (job.shards, sample)
-        for job in every
-        for sample in (job.samples[:: max(1, len(job.samples) * len(every) // most)])
-    ]
-    captions = [
-        text for shards, i in places[:: max(1, len(places) // most)] for text in captions_of(shards, i, cfg.captions)
-    ]
+    """The longest caption in tokens among about ``most`` samples of the whole data set."""
+    some = every[:: max(1, len(every) // 64)]
+    places = [(job.shards, i) for job in some for i in job.samples[:: max(1, len(job.samples) * len(some) // most)]]
+    captions = [text for shards, i in places for text in captions_of(shards, i, cfg.captions)]
     return int(lengths(tokenizer(captions).numpy()).max())
 
 
@@ -214,7 +207,10 @@ def _encoded(
     crops = {id(job.shards): Crops(job.shards, clip.image_size, cfg.variants) for job in jobs}
     work = [(crops[id(job.shards)], samples) for job, samples in chunks]
     read = partial(_read, clip.tokenizer, work)
-    encode = partial(_encode, clip, cfg=cfg)
+
+    def encode(batch: Batch) -> Columns:
+        return _encode(clip, batch, cfg)
+
     if cfg.num_workers:
         batches = Batches(read, 0, len(chunks))
         loader = DataLoader(batches, batch_size=None, num_workers=cfg.num_workers, prefetch_factor=PREFETCH)
@@ -343,7 +339,7 @@ def _progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
         done += count
         now = time.monotonic()
         if now - last > 30 or done == total:
-            log.info("%s: %d of %d, %.0f s left", title, done, total, (now - start) * (total - done) / max(done, 1))
+            log.info("%s: %d of %d, %.0f s left", title, done, total, (now - start) * (total - done) / done)
             last = now
 
     yield advance
