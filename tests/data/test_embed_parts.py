@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from unclip.data.embeddings import Embeddings, EmbeddingsWriter
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError
 from unclip.models.clip import CLIP, CLIPConfig
+from unclip.models.interface import Interface
 
 KILLED = """
 import os, signal
@@ -32,6 +34,13 @@ def fill_or_die(self, draft, sha256, keys, columns):
 EmbeddingsWriter._fill = fill_or_die
 train.embed()
 """
+
+
+INTERFACE = Interface(embed_dim=5, text_width=3, context_length=8, vocab_size=100, clip="c" * 64)
+
+
+def rows_of(count: int, seed: int) -> dict[str, np.ndarray]:
+    return {"image_emb": np.random.default_rng(seed).normal(size=(count, 5)).astype(np.float32)}
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +94,13 @@ def test_two_ranks_a_kill_and_a_second_try_give_the_files_of_one_process(
 
 def test_whoever_ends_last_writes_the_index_and_both_may(tmp_path: Path, data: Path) -> None:
     """Two processes enter finish() again and again at the same time: always a whole manifest with both splits."""
-    from test_embeddings import CLIP as INTERFACE
-    from test_embeddings import rows_of
-
     for split in ("train", "val"):
         shards = Shards(data / split)
         writer = EmbeddingsWriter(tmp_path, split, INTERFACE, ["image_emb"], "float32")
         assert not writer.complete(shards)
         for i, name in enumerate(shards.names):
             keys = shards.keys[shards.starts[i] : shards.starts[i + 1]]
-            writer.write(
-                name.removesuffix(".tar"), shards.sha256[i], keys, {"image_emb": rows_of(len(keys), i, 4)["image_emb"]}
-            )
+            writer.write(name.removesuffix(".tar"), shards.sha256[i], keys, rows_of(len(keys), i))
         assert writer.complete(shards)
     writers = {s: EmbeddingsWriter(tmp_path, s, INTERFACE, ["image_emb"], "float32") for s in ("train", "val")}
     children = []
@@ -116,14 +120,11 @@ def test_whoever_ends_last_writes_the_index_and_both_may(tmp_path: Path, data: P
 
 
 def test_a_slower_writer_of_the_same_shard_leaves_the_first_one_alone(tmp_path: Path, data: Path) -> None:
-    from test_embeddings import CLIP as INTERFACE
-    from test_embeddings import rows_of
-
     shards = Shards(data / "train")
     writer = EmbeddingsWriter(tmp_path, "train", INTERFACE, ["image_emb"], "float32")
     inodes = set()
     for seed in (0, 1):
-        writer.write("00000", shards.sha256[0], shards.keys[:6], {"image_emb": rows_of(6, seed, 4)["image_emb"]})
+        writer.write("00000", shards.sha256[0], shards.keys[:6], rows_of(6, seed))
         inodes.add((tmp_path / "train" / "00000").stat().st_ino)
     assert len(inodes) == 1
     assert [path.name for path in (tmp_path / "train").iterdir()] == ["00000"]
