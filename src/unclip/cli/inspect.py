@@ -1,6 +1,7 @@
 """``unclip inspect``: what a folder is, in words, tables and plots."""
 
 import json
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ def inspect_path(path: Path, out: Path | None, max_rows: int, console: Console |
 
     Raises ConfigError for anything else.
     """
-    console = console or Console()
+    console = console or (Console() if sys.stdout.isatty() else Console(width=200))
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder; give an embeddings folder, a run or an artifact")
     if _kind(path) == "embeddings":
