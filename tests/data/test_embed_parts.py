@@ -1,5 +1,6 @@
 """unclip-embed by several processes, stopped anywhere, gives the files of one that was never stopped."""
 
+import itertools
 import json
 import os
 import signal
@@ -14,12 +15,13 @@ import torch
 from unclip.artifact import Manifest, save
 from unclip.config import to_plain
 from unclip.data.embed import EmbedConfig
-from unclip.data.embeddings import Embeddings, EmbeddingsWriter
+from unclip.data.embeddings import Embeddings, EmbeddingsWriter, Moments
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError
 from unclip.models.clip import CLIP, CLIPConfig
 from unclip.models.interface import Interface
 
+SBATCH = Path(__file__).parents[2] / "scripts" / "slurm" / "embed.sbatch"
 KILLED = """
 import os, signal
 from unclip.cli import train
@@ -55,12 +57,12 @@ def clip_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(arguments: list[str], code: str = "", **environment: str) -> subprocess.Popen:
     script = code or "from unclip.cli import train; train.embed()"
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return launch([sys.executable, "-c", script, *arguments], OMP_NUM_THREADS="1", **environment)
+
+
+def launch(command: list[str], **environment: str) -> subprocess.Popen:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.Popen(command, env={**os.environ, "PATH": path, **environment}, stderr=subprocess.PIPE, text=True)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -76,12 +78,16 @@ def test_two_ranks_a_kill_and_a_second_try_give_the_files_of_one_process(
     runs = [start([f"run={tmp_path / 'one'}", *same])]
     runs += [start([f"run={tmp_path / 'two'}", *same], RANK=str(r), WORLD_SIZE="2") for r in range(2)]
     runs += [start([f"run={tmp_path / 'killed'}", *same], code=KILLED)]
+    array = {"SLURM_ARRAY_TASK_MIN": "0", "SLURM_ARRAY_TASK_MAX": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
+    script = ["bash", str(SBATCH), f"run={tmp_path / 'array'}", *same]
+    runs += [launch(script, **array, SLURM_ARRAY_TASK_ID=str(task)) for task in range(2)]
     said = [run.communicate(timeout=240)[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0, 0, -signal.SIGKILL], said
+    assert [run.returncode for run in runs] == [0, 0, 0, -signal.SIGKILL, 0, 0], said
     wanted = files(tmp_path / "one")
     assert len(wanted) == 4 * 5 + 2 * 5 + 2 + 1
     assert files(tmp_path / "two") == wanted
-    assert "part 1 of 2" in said[2]
+    assert files(tmp_path / "array") == wanted
+    assert all("part 1 of 2" in said[i] for i in (2, 5))
     assert sorted(path.name for path in (tmp_path / "killed" / "train").iterdir() if path.suffix != ".tmp") == [
         "00000",
         "00001",
@@ -143,3 +149,17 @@ def test_parts_come_from_settings_ranks_and_job_arrays(monkeypatch: pytest.Monke
     monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
     with pytest.raises(ConfigError, match="the tasks 1 to 9 of this SLURM job array have gaps"):
         cfg.share()
+
+
+def test_statistics_do_not_depend_on_the_order_of_the_shards() -> None:
+    rows = np.random.default_rng(0).normal(1e3, [1e-2, 1, 50], (1000, 3)).astype(np.float32)
+    parts = np.split(rows, [1, 30, 31, 500, 990])
+    for order in itertools.permutations(range(len(parts)), len(parts)):
+        merged = Moments()
+        for place in order:
+            merged = merged.merge(Moments.of(parts[place]))
+        exact = rows.astype(np.float64)
+        assert merged.count == 1000
+        np.testing.assert_allclose(merged.mean, exact.mean(0), rtol=1e-14)
+        np.testing.assert_allclose(merged.squares / 1000, exact.var(0), rtol=1e-11)
+        np.testing.assert_allclose(merged.norm, np.linalg.norm(exact, axis=1).mean(), rtol=1e-13)

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -152,8 +152,9 @@ def embed_with(clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:
     total = sum(len(job.samples) for job in todo)
     title = f"embedding {cfg.data}" + (f", part {part} of {parts}" if parts > 1 else "")
     with _progress(total, title) as advance, _background() as soon:
-        for job, parts_of_job in _encoded(clip, todo, cfg, advance):
-            soon(partial(_write, job, parts_of_job))
+        with contextlib.closing(_encoded(clip, todo, cfg, advance)) as found:
+            for job, columns in found:
+                soon(partial(_write, job, columns))
     for name, writer in writers.items():
         if writer.complete(splits[name]):
             writer.finish(splits[name])
@@ -198,7 +199,7 @@ def _gigabytes(size: int) -> str:
 
 def _encoded(
     clip: CLIP, jobs: list[_Job], cfg: EmbedConfig, advance: Callable[[int], None]
-) -> Iterator[tuple[_Job, list[Columns]]]:
+) -> Generator[tuple[_Job, list[Columns]], None, None]:
     """Each shard with its columns, batch after batch: reading, encoding and the shards overlap."""
     device = torch.device(_device() if cfg.device == "auto" else cfg.device)
     clip = clip.to(device).eval()
