@@ -151,10 +151,13 @@ def embed_with(clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:
     todo = [job for number, job in enumerate(every) if number % parts == part and missing[number]]
     total = sum(len(job.samples) for job in todo)
     title = f"embedding {cfg.data}" + (f", part {part} of {parts}" if parts > 1 else "")
-    with _progress(total, title) as advance, _background() as soon:
-        with contextlib.closing(_encoded(clip, todo, cfg, advance)) as found:
-            for job, columns in found:
-                soon(partial(_write, job, columns))
+    with (
+        _progress(total, title) as advance,
+        _background() as soon,
+        contextlib.closing(_encoded(clip, todo, cfg, advance)) as found,
+    ):
+        for job, columns in found:
+            soon(partial(_write, job, columns))
     for name, writer in writers.items():
         if writer.complete(splits[name]):
             writer.finish(splits[name])
