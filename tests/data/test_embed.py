@@ -1,3 +1,4 @@
+import copy
 import json
 import logging
 import shutil
@@ -236,3 +237,16 @@ def test_wrong_settings_and_missing_data_are_refused(
         config(tmp_path, data, part=2, parts=2)
     with pytest.raises(ConfigError, match="crops=0 must be at least 1"):
         config(tmp_path, data, crops=0)
+
+
+@torch.inference_mode()
+def test_weights_rounded_once_give_the_same_bits(clip: CLIP) -> None:
+    rounded = copy.deepcopy(clip)
+    embed_module._round_weights(rounded)
+    image = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    tokens = clip.tokenize(["a", "b c", "d e f"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rounded.encode_image(image), clip.encode_image(image))
+        for ours, wanted in zip(rounded.encode_text(tokens), clip.encode_text(tokens), strict=True):
+            assert torch.equal(ours, wanted)
+    assert sum(p.dtype == torch.bfloat16 for p in rounded.parameters()) >= 12

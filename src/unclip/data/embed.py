@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from unclip import artifact
@@ -29,7 +29,7 @@ from unclip.data.parallel import in_order
 from unclip.data.shards import Shards
 from unclip.data.variants import Crops, Variants, captions_of
 from unclip.errors import ConfigError, DataError
-from unclip.models.clip import CLIP, Tokenizer
+from unclip.models.clip import CLIP, Attention, Tokenizer
 from unclip.models.interface import Interface
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ class EmbedConfig:
 
     ``splits`` empty takes every split that is there. ``columns`` may add ``text_seq``, the caption's token states (many
     bytes). ``dtype`` of the stored embeddings is float32 or float16; ``text_seq`` is always float16. ``captions`` and
-    ``crops``: how many of each picture to embed; ``seed`` places the crops.
+    ``crops``: how many of each picture to embed; ``seed`` places the crops. ``batch_size`` 0 is 32 on a CPU, which
+    encodes a batch on each core, and 256 on a GPU.
 
     ``part`` of ``parts`` (0: from the SLURM job array, if any, else all) takes every ``parts``-th shard; the ranks of
     torchrun share a part. ``num_workers`` 0 reads and encodes in threads; more read in processes of their own.
@@ -58,7 +59,7 @@ class EmbedConfig:
     crops: int = 1
     seed: int = 0
     precision: Precision = Precision.fp32
-    batch_size: int = 64
+    batch_size: int = 0
     part: int = 0
     parts: int = 0
     num_workers: int = 0
@@ -70,11 +71,12 @@ class EmbedConfig:
             raise ConfigError(f"columns={self.columns} must hold image_emb and otherwise only {', '.join(COLUMNS)}")
         if self.dtype not in ("float32", "float16"):
             raise ConfigError(f"dtype={self.dtype} is not one of: float32, float16")
-        for name in ("captions", "crops", "batch_size"):
+        for name in ("captions", "crops"):
             if self.__dict__[name] < 1:
                 raise ConfigError(f"{name}={self.__dict__[name]} must be at least 1")
-        if self.num_workers < 0:
-            raise ConfigError(f"num_workers={self.num_workers} must not be negative")
+        for name in ("batch_size", "num_workers"):
+            if self.__dict__[name] < 0:
+                raise ConfigError(f"{name}={self.__dict__[name]} must not be negative")
         if self.part < 0 or self.part >= max(self.parts, 1):
             raise ConfigError(f"part={self.part} of parts={self.parts}: parts count from 0 to parts - 1")
 
@@ -111,8 +113,20 @@ def embed(cfg: EmbedConfig) -> Path:
     """
     model, manifest = artifact.load(cfg.clip, kind="clip")
     assert isinstance(model, CLIP)
+    if cfg.precision is Precision.bf16:
+        _round_weights(model)
     embed_with(model, replace(model.interface(), clip=manifest.hash), cfg)
     return Path(cfg.run)
+
+
+def _round_weights(clip: CLIP) -> None:
+    """Round once what autocast would round to bfloat16 again for every batch; the results are the same to the bit."""
+    for module in clip.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            module.to(torch.bfloat16)
+        elif isinstance(module, Attention):
+            for parameter in (module.in_proj_weight, module.in_proj_bias):
+                parameter.data = parameter.data.bfloat16()
 
 
 @dataclass(frozen=True)
@@ -206,7 +220,8 @@ def _encoded(
     """Each shard with its columns, batch after batch: reading, encoding and the shards overlap."""
     device = torch.device(_device() if cfg.device == "auto" else cfg.device)
     clip = clip.to(device).eval()
-    size = max(1, cfg.batch_size // max(cfg.captions, cfg.crops))
+    batch_size = cfg.batch_size or (32 if device.type == "cpu" else 256)
+    size = max(1, batch_size // max(cfg.captions, cfg.crops))
     chunks = [(job, job.samples[i : i + size]) for job in jobs for i in range(0, len(job.samples), size)]
     crops = {id(job.shards): Crops(job.shards, clip.image_size, cfg.variants) for job in jobs}
     work = [(crops[id(job.shards)], samples) for job, samples in chunks]
