@@ -86,7 +86,7 @@ class _Seen:
         self.num_rows = 0
         self.norms: list[np.ndarray] = []
         self.hashes: list[np.ndarray] = []
-        self.shift: np.ndarray | None = None  # a mean of some rows: keeps the sums small
+        self.shift = np.zeros(width)  # the mean of some rows: keeps the sums small
         self.sum = np.zeros(width)
         self.products = np.zeros((width, width))
         self.weights = np.random.default_rng(0).integers(0, 2**63, width, dtype=np.uint64) * 2 + 1
@@ -98,7 +98,7 @@ class _Seen:
         good = rows[np.isfinite(rows).all(axis=1)].astype(np.float64)
         self.norms.append(np.linalg.norm(good, axis=1))
         if len(good):
-            self.shift = good.mean(axis=0) if self.shift is None else self.shift
+            self.shift = good.mean(axis=0) if len(self.norms) == 1 else self.shift
             moved = good - self.shift
             self.sum += moved.sum(axis=0)
             self.products += moved.T @ moved
