@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 
 from unclip import artifact
 from unclip.config import Precision
+from unclip.data.ahead import PREFETCH, Batches
 from unclip.data.batch import Batch
-from unclip.data.datamodule import PREFETCH, Batches, trim
+from unclip.data.datamodule import trim
 from unclip.data.embeddings import COLUMNS, EmbeddingsWriter, lengths
 from unclip.data.parallel import in_order
 from unclip.data.shards import Shards
