@@ -192,15 +192,16 @@ def draw(found: dict[str, Inspection], out: Path) -> list[Path]:
             k = num_components(vectors.variances)
             axes.semilogy(reconstruction_error(vectors.variances)[:-1].numpy(), label=f"{labels[place]}: 1 % at {k}")
         axes.axhline(0.01, color="grey", linewidth=0.8, linestyle="--")
-        axes.set(xlabel="PCA components k", ylabel="mean squared error / variance")
+        axes.set(xlabel="PCA components k", ylabel="mean squared error / variance", ylim=(1e-6, 1.5))
 
     def faults(axes: Any) -> None:
         places = np.arange(len(columns))
-        for shift, name in ((-0.2, "num_nonfinite"), (0.2, "num_duplicates")):
-            counts = [vectors.__dict__[name] for vectors in columns.values()]
-            axes.bar_label(axes.bar(places + shift, counts, 0.4, label=name.removeprefix("num_")))
+        not_finite = [vectors.num_nonfinite for vectors in columns.values()]
+        duplicates = [vectors.num_duplicates for vectors in columns.values()]
+        axes.bar_label(axes.bar(places - 0.2, not_finite, 0.4, label="not finite"))
+        axes.bar_label(axes.bar(places + 0.2, duplicates, 0.4, label="duplicates"))
         axes.set_xticks(places, list(labels.values()))
-        axes.set(ylabel="rows")
+        axes.set(ylabel="rows", ylim=(0, 1.2 * max(*not_finite, *duplicates, 1)))
 
     plots: dict[str, Callable[[Any], None]] = {"norms": norms, "cosines": cosines, "spectrum": spectrum}
     plots |= {"reconstruction": reconstruction, "faults": faults}
