@@ -65,7 +65,7 @@ class Split:
         batch.key = [self.shards.keys[i] for i in samples]
         batch.caption = [self.shards.caption(i) for i in samples]
         if self.embeddings is not None and self._stored:
-            rows = self.embeddings.rows(indices, self._stored)
+            rows = self.embeddings.all_variants(indices, self._stored)
             if (variants := self.embeddings.variants) != ONE:
                 rows, chosen = picked(rows, variants, positions, central=self.pictures is not None)
                 every = [captions_of(self.shards, i, variants.captions) for i in samples]

@@ -278,7 +278,15 @@ class Embeddings:
         )
 
     def rows(self, indices: np.ndarray, columns: Sequence[str]) -> dict[str, np.ndarray]:
-        """The named columns at ``indices`` (n,) int64, in that order; ``text_seq`` as long as the longest shard's."""
+        """The named columns at ``indices`` (n,) int64, in that order; ``text_seq`` as long as the longest shard's.
+
+        Of several captions or crops the first.
+        """
+        variants = self.variants
+        return {name: variants.first(name, values) for name, values in self.all_variants(indices, columns).items()}
+
+    def all_variants(self, indices: np.ndarray, columns: Sequence[str]) -> dict[str, np.ndarray]:
+        """:meth:`rows` with all captions and crops; see :mod:`unclip.data.variants` for the shapes."""
         for column in columns:
             if column not in self.columns:
                 raise DataError(
@@ -291,8 +299,8 @@ class Embeddings:
         return {column: self._gather(column, indices, parts) for column in columns}
 
     def column(self, name: str) -> np.ndarray:
-        """A whole column in memory, for statistics such as PCA; of several captions or crops the first."""
-        return self.variants.first(name, self.rows(np.arange(len(self)), [name])[name])
+        """A whole column in memory, for statistics such as PCA."""
+        return self.rows(np.arange(len(self)), [name])[name]
 
     def _gather(self, column: str, indices: np.ndarray, parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
         """One ``take`` per shard that is touched; shards with shorter caption states are filled up with zeros."""

@@ -54,7 +54,7 @@ def inspect_embeddings(
     pairs = []
     for start in range(0, count, _CHUNK):
         some = indices[start : start + _CHUNK]
-        rows = {name: embeddings.variants.first(name, raw) for name, raw in embeddings.rows(some, names).items()}
+        rows = embeddings.rows(some, names)
         for name in names:
             seen[name].add(rows[name])
         if len(names) == 2:
@@ -64,8 +64,8 @@ def inspect_embeddings(
     if pairs:
         found.pairs = _finite(np.concatenate(pairs))
         some = np.random.default_rng(0).permutation(indices)[:100_000]
-        images = embeddings.variants.first("image_emb", embeddings.rows(some, ["image_emb"])["image_emb"])
-        texts = embeddings.variants.first("text_emb", embeddings.rows(np.roll(some, 1), ["text_emb"])["text_emb"])
+        images = embeddings.rows(some, ["image_emb"])["image_emb"]
+        texts = embeddings.rows(np.roll(some, 1), ["text_emb"])["text_emb"]
         found.shuffled = _finite(_cosines(images, texts))
     return found
 
