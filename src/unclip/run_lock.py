@@ -13,14 +13,14 @@ RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")  # of torchrun, Ligh
 
 
 class RunLock:
-    """Holds ``run/lock`` while the block runs; the kernel lets go of it however the process ends.
+    """Holds ``run/NAME`` while the block runs; the kernel lets go of it however the process ends.
 
     Raises :class:`UnclipError` when another process holds it, naming that process. Ranks other than zero take no lock.
     The lock is the process's own (POSIX): a data worker that outlives a killed run does not keep it.
     """
 
-    def __init__(self, run: Path) -> None:
-        self.path = run / "lock"
+    def __init__(self, run: Path, name: str = "lock") -> None:
+        self.path = run / name
         self._file = None
 
     def __enter__(self) -> "RunLock":

@@ -259,6 +259,18 @@ def report(
     write_report(runs, {"seconds": seconds, "cpu_seconds": cpu_seconds, "minutes": minutes})
 
 
+@app.command("inspect")
+def inspect_folder(
+    path: Annotated[Path, typer.Argument(help="An embeddings folder, a run or an artifact.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for plots of embeddings.")] = None,
+    max_rows: Annotated[int, typer.Option(min=2, help="Rows of each split to read, spread evenly.")] = 1_000_000,
+) -> None:
+    """Say what a folder is: an artifact's manifest in words, or the norms, cosines and spectrum of embeddings."""
+    from unclip.cli.inspect import inspect_path
+
+    inspect_path(path, out, max_rows)
+
+
 @app.command()
 def doctor(
     folder: Annotated[Path, typer.Option("--runs", help="Where runs will be written.")] = Path("runs"),

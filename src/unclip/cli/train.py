@@ -35,7 +35,8 @@ def embed() -> None:
         from unclip.run_lock import RunLock
 
         cfg = typed(raw, EmbedConfig)
-        with RunLock(Path(cfg.run)):
+        part, parts = cfg.share()
+        with RunLock(Path(cfg.run), "lock" if parts == 1 else f"lock-{part}-of-{parts}"):
             return embed(cfg)
 
     _main("embed", run)

@@ -27,6 +27,7 @@ from unclip.data.remote import MissingError
 from unclip.data.settings import DataConfig, TextStates
 from unclip.data.shards import Shards
 from unclip.data.stream import Decode, Decoded, DecodeItem, Encoded, Stream, taken
+from unclip.data.variants import ONE, captions_of, picked
 from unclip.errors import ConfigError, DataError
 from unclip.models.clip import CLIP
 from unclip.models.interface import Interface
@@ -64,7 +65,11 @@ class Split:
         batch.key = [self.shards.keys[i] for i in samples]
         batch.caption = [self.shards.caption(i) for i in samples]
         if self.embeddings is not None and self._stored:
-            rows = self.embeddings.rows(indices, self._stored)
+            rows = self.embeddings.all_variants(indices, self._stored)
+            if (variants := self.embeddings.variants) != ONE:
+                rows, chosen = picked(rows, variants, positions, central=self.pictures is not None)
+                every = [captions_of(self.shards, i, variants.captions) for i in samples]
+                batch.caption = [captions[k] for captions, k in zip(every, chosen, strict=True)]
             length = int(lengths(rows["tokens"]).max()) if "tokens" in rows else None
             for column, values in rows.items():
                 cut = values[:, :length] if column in ("tokens", "text_seq") else values

@@ -5,13 +5,18 @@ FOLDER/SPLIT/index.json                       the shards of a finished split
 FOLDER/SPLIT/SHARD/{COLUMN}.npy keys.txt shard.json
 
 Columns: ``image_emb`` and ``text_emb`` (n, D), CLIP's raw outputs; ``tokens`` (n, context_length) int32, zero after the
-end-of-text token; ``text_seq`` (n, L, W) float16, optional, L being the longest caption of the shard.
+end-of-text token; ``text_seq`` (n, L, W) float16, optional, L being the longest caption of the shard. With several crops
+or captions a picture they gain a dimension after n, see :mod:`unclip.data.variants`.
 """
 
+import contextlib
+import fcntl
 import json
+import logging
 import os
 import shutil
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,9 +24,11 @@ from typing import Any
 import numpy as np
 
 from unclip.data.shards import Shards, sync_folder, write_atomic
+from unclip.data.variants import ONE, Variants
 from unclip.errors import DataError
 from unclip.models.interface import Interface
 
+log = logging.getLogger(__name__)
 VERSION = 1
 COLUMNS = ("image_emb", "text_emb", "tokens", "text_seq")
 
@@ -69,51 +76,80 @@ class Moments:
 class EmbeddingsWriter:
     """Writes the shards of one split, then its index and the manifest; a shard that is complete is not written again.
 
+    Several processes may write to one folder, on one machine or on many: a shard and every other file appear complete
+    or not at all, and whoever finds all shards there writes index and manifest, one after another.
+
     Raises DataError when ``folder`` holds embeddings of another CLIP or with other settings.
     """
 
-    def __init__(self, folder: Path, split: str, interface: Interface, columns: Sequence[str], dtype: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        interface: Interface,
+        columns: Sequence[str],
+        dtype: str,
+        variants: Variants = ONE,
+    ) -> None:
         self.folder, self.split_dir, self.split = Path(folder), Path(folder) / split, split
-        self.interface = interface
-        self.settings = {"clip": interface.clip, "columns": list(columns), "dtype": dtype}
+        self.interface, self.variants = interface, variants
+        self.settings = {"clip": interface.clip, "columns": list(columns), "dtype": dtype, "variants": asdict(variants)}
         self.split_dir.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.folder.glob("*/*/shard.json")):
             self._check(path)
-        for draft in self.split_dir.glob("*.tmp"):
-            shutil.rmtree(draft) if draft.is_dir() else draft.unlink()
+        self._sweep()
 
     def done(self, name: str, sha256: str) -> bool:
         """Whether shard ``name`` was finished from the tar with this checksum."""
         path = self.split_dir / name / "shard.json"
-        return path.exists() and json.loads(path.read_text())["data"] == sha256
+        return path.exists() and _shard_facts(path)["data"] == sha256
 
     def write(self, name: str, sha256: str, keys: list[str], columns: dict[str, np.ndarray]) -> None:
         """Write the columns of one shard; ``sha256`` is that of its tar."""
         wrong = {column: len(rows) for column, rows in columns.items() if len(rows) != len(keys)}
         if wrong or sorted(columns) != sorted(self.settings["columns"]):
             raise ValueError(f"{name} has {len(keys)} keys but columns {list(columns)}, of other lengths: {wrong}")
-        draft = self.split_dir / f"{name}.tmp"
+        draft = self.split_dir / f"{name}.{socket.gethostname()}-{os.getpid()}.tmp"
         draft.mkdir()
+        try:
+            self._fill(draft, sha256, keys, columns)
+            self._appear(draft, name, sha256)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def _fill(self, draft: Path, sha256: str, keys: list[str], columns: dict[str, np.ndarray]) -> None:
         for column, rows in columns.items():
             with (draft / f"{column}.npy").open("wb") as file:
                 np.save(file, rows)
                 file.flush()
                 os.fsync(file.fileno())
         write_atomic(draft / "keys.txt", "".join(key + "\n" for key in keys).encode())
-        moments = {c: Moments.of(columns[c]).to_json() for c in ("image_emb", "text_emb") if c in columns}
+        vectors = {c: columns[c].reshape(-1, columns[c].shape[-1]) for c in ("image_emb", "text_emb") if c in columns}
+        moments = {column: Moments.of(rows).to_json() for column, rows in vectors.items()}
         facts = {**self.settings, "data": sha256, "num_rows": len(keys), "moments": moments}
         write_atomic(draft / "shard.json", json.dumps(facts).encode())
+
+    def _appear(self, draft: Path, name: str, sha256: str) -> None:
+        """The draft becomes the shard, unless another process was faster with the same one."""
         final = self.split_dir / name
-        if final.exists():  # made from other data
-            (self.split_dir / "index.json").unlink(missing_ok=True)
-            shutil.rmtree(final)
-        os.replace(draft, final)
-        sync_folder(self.split_dir)
+        with _alone(self.folder):
+            if self.done(name, sha256):
+                return
+            if final.exists():  # made from other data
+                log.info("%s was made from other data: made anew", final)
+                (self.split_dir / "index.json").unlink(missing_ok=True)
+                shutil.rmtree(final)
+            os.replace(draft, final)
+            sync_folder(self.split_dir)
+
+    def complete(self, shards: Shards) -> bool:
+        """Whether every shard is there, made from these tars."""
+        return all(self.done(Path(n).stem, sha256) for n, sha256 in zip(shards.names, shards.sha256, strict=True))
 
     def finish(self, shards: Shards) -> None:
-        """Write the split's index and enter the split into the manifest."""
+        """Write the split's index and enter the split into the manifest; the same result whoever does it, and again."""
         names = [Path(name).stem for name in shards.names]
-        facts = [json.loads((self.split_dir / name / "shard.json").read_text()) for name in names]
+        facts = [_shard_facts(self.split_dir / name / "shard.json") for name in names]
         rows = [fact["num_rows"] for fact in facts]
         if rows != shards.shard_sizes:
             raise DataError(
@@ -121,25 +157,63 @@ class EmbeddingsWriter:
             )
         entries = [{"name": name, "num_rows": count} for name, count in zip(names, rows, strict=True)]
         index = {"version": VERSION, "num_rows": sum(rows), "shards": entries}
-        write_atomic(self.split_dir / "index.json", json.dumps(index).encode())
+        stats = {"count": sum(rows), **_statistics([fact["moments"] for fact in facts])}
+        data = {"fingerprint": shards.fingerprint, "text_fingerprint": shards.text_fingerprint}
         path = self.folder / "manifest.json"
         empty: dict[str, Any] = {"data": {}, "stats": {}}
-        manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else empty
-        manifest |= {"version": VERSION, "kind": "embeddings", **self.settings, "normalised": False}
-        manifest |= {"embed_dim": self.interface.embed_dim, "context_length": self.interface.context_length}
-        manifest["interface"] = asdict(self.interface)
-        manifest["data"][self.split] = {"fingerprint": shards.fingerprint, "text_fingerprint": shards.text_fingerprint}
-        manifest["stats"][self.split] = _statistics([fact["moments"] for fact in facts])
-        write_atomic(path, (json.dumps(manifest, indent=1) + "\n").encode())
+        with _alone(self.folder):
+            write_atomic(self.split_dir / "index.json", json.dumps(index).encode())
+            manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else empty
+            manifest |= {"version": VERSION, "kind": "embeddings", **self.settings, "normalised": False}
+            manifest |= {"embed_dim": self.interface.embed_dim, "context_length": self.interface.context_length}
+            manifest["interface"] = asdict(self.interface)
+            manifest["data"] = dict(sorted({**manifest["data"], self.split: data}.items()))
+            manifest["stats"] = dict(sorted({**manifest["stats"], self.split: stats}.items()))
+            write_atomic(path, (json.dumps(manifest, indent=1) + "\n").encode())
 
     def _check(self, path: Path) -> None:
-        facts = json.loads(path.read_text())
+        facts = _shard_facts(path)
         for name, wanted in self.settings.items():
             if facts[name] != wanted:
                 found = f"{name} {_short(facts[name])}, not {_short(wanted)}"
                 raise DataError(
                     f"{self.folder} holds embeddings with {found}; write to another folder or remove this one"
                 )
+
+    def _sweep(self) -> None:
+        """Remove what processes that were killed on this machine left half written."""
+        host = socket.gethostname()
+        for draft in self.split_dir.glob(f"*.{host}-*.tmp"):
+            if not _alive(int(draft.name.removesuffix(".tmp").rpartition("-")[2])):
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """No other process is in here for the same folder; the kernel lets go however this one ends."""
+    with (folder / "write.lock").open("a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _shard_facts(path: Path) -> dict[str, Any]:
+    """shard.json; DataError where it is damaged."""
+    try:
+        facts = json.loads(path.read_text())
+        facts.setdefault("variants", asdict(ONE))  # older folders know one caption and one crop
+        return {name: facts[name] for name in ("clip", "columns", "dtype", "variants", "data", "num_rows", "moments")}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} is missing or damaged ({error!r}); remove {path.parent}, run unclip-embed") from error
 
 
 class Embeddings:
@@ -176,8 +250,13 @@ class Embeddings:
         return self.manifest["columns"]
 
     @property
+    def variants(self) -> Variants:
+        """How many captions and crops a picture has."""
+        return Variants(**self.manifest.get("variants", {}))
+
+    @property
     def stats(self) -> dict[str, np.ndarray]:
-        """Of the split's raw embeddings: count, image_mean and image_std (D,), image_norm; text_… alike."""
+        """Of the split's raw embeddings: count of pictures; image_count, image_mean and image_std (D,), image_norm; text_…"""
         return {name: np.asarray(value) for name, value in self.manifest["stats"][self.split].items()}
 
     @property
@@ -199,7 +278,15 @@ class Embeddings:
         )
 
     def rows(self, indices: np.ndarray, columns: Sequence[str]) -> dict[str, np.ndarray]:
-        """The named columns at ``indices`` (n,) int64, in that order; ``text_seq`` as long as the longest shard's."""
+        """The named columns at ``indices`` (n,) int64, in that order; ``text_seq`` as long as the longest shard's.
+
+        Of several captions or crops the first.
+        """
+        variants = self.variants
+        return {name: variants.first(name, values) for name, values in self.all_variants(indices, columns).items()}
+
+    def all_variants(self, indices: np.ndarray, columns: Sequence[str]) -> dict[str, np.ndarray]:
+        """:meth:`rows` with all captions and crops; see :mod:`unclip.data.variants` for the shapes."""
         for column in columns:
             if column not in self.columns:
                 raise DataError(
@@ -242,8 +329,8 @@ class Embeddings:
 
 
 def lengths(tokens: np.ndarray) -> np.ndarray:
-    """(n,) tokens of each caption, start and end included; the end-of-text token has the largest id."""
-    return tokens.argmax(axis=1) + 1
+    """Tokens of each caption, start and end included; the end-of-text token has the largest id. (…, L) to (…)."""
+    return tokens.argmax(axis=-1) + 1
 
 
 def _statistics(shards: list[dict[str, Any]]) -> dict[str, Any]:
@@ -255,7 +342,7 @@ def _statistics(shards: list[dict[str, Any]]) -> dict[str, Any]:
             total = total.merge(Moments.from_json(shard[column]))
         side = column.removesuffix("_emb")
         std = np.sqrt(total.squares / total.count)
-        statistics |= {"count": total.count, f"{side}_mean": total.mean.tolist(), f"{side}_std": std.tolist()}
+        statistics |= {f"{side}_count": total.count, f"{side}_mean": total.mean.tolist(), f"{side}_std": std.tolist()}
         statistics[f"{side}_norm"] = total.norm
     return statistics
 

@@ -1,0 +1,34 @@
+"""Every benchmark runs at its smallest size and ends in the JSON line that it promises. No test reads a time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tests_support import environment
+
+BENCH = Path(__file__).parents[1] / "scripts" / "bench"
+ELSEWHERE = {"prior", "draws"}  # test_bench_prior.py
+MAIN = 'if __name__ == "__main__":'
+SCRIPTS = {path.stem for path in BENCH.glob("*.py") if MAIN in path.read_text()} - {"turns", "peer_worker"} - ELSEWHERE
+RATIOS = {"embed": {"embed_vs_bare", "embed_vs_bare_torch_threads"}}
+
+
+def test_what_every_benchmark_promises_is_known():
+    assert set(RATIOS) == SCRIPTS
+
+
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
+def test_smoke(name: str):
+    done = subprocess.run(
+        [sys.executable, str(BENCH / f"{name}.py"), "--smoke"],
+        capture_output=True, text=True, timeout=240, env=environment(), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    ratios = {key for key, value in said.items() if key != "settings" and isinstance(value, dict)}
+    assert (said["benchmark"], ratios) == (name, RATIOS[name])
+    for ratio in ratios:
+        assert 0 < said[ratio]["min"] <= said[ratio]["median"] <= said[ratio]["max"]
+    assert said["settings"]
