@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from unclip.models.interface import Interface
 
 VERSION = 1
 COLUMNS = ("image_emb", "text_emb", "tokens", "text_seq")
+_LARGE = 1 << 20  # bytes of a batch from which on its columns are gathered side by side
 
 
 @dataclass
@@ -110,8 +112,8 @@ class EmbeddingsWriter:
         os.replace(draft, final)
         sync_folder(self.split_dir)
 
-    def finish(self, shards: Shards) -> None:
-        """Write the split's index and enter the split into the manifest."""
+    def finish(self, shards: "Shards | Written", origin: dict[str, Any] | None = None) -> None:
+        """Write the split's index and enter the split into the manifest; ``origin``: what differs from our own making."""
         names = [Path(name).stem for name in shards.names]
         facts = [json.loads((self.split_dir / name / "shard.json").read_text()) for name in names]
         rows = [fact["num_rows"] for fact in facts]
@@ -125,7 +127,7 @@ class EmbeddingsWriter:
         path = self.folder / "manifest.json"
         empty: dict[str, Any] = {"data": {}, "stats": {}}
         manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else empty
-        manifest |= {"version": VERSION, "kind": "embeddings", **self.settings, "normalised": False}
+        manifest |= {"version": VERSION, "kind": "embeddings", **self.settings, "normalised": False, **(origin or {})}
         manifest |= {"embed_dim": self.interface.embed_dim, "context_length": self.interface.context_length}
         manifest["interface"] = asdict(self.interface)
         manifest["data"][self.split] = {"fingerprint": shards.fingerprint, "text_fingerprint": shards.text_fingerprint}
@@ -140,6 +142,17 @@ class EmbeddingsWriter:
                 raise DataError(
                     f"{self.folder} holds embeddings with {found}; write to another folder or remove this one"
                 )
+
+
+@dataclass
+class Written:
+    """What an index needs to know of the rows of a split that were not made from shards."""
+
+    split_dir: Path
+    names: list[str]
+    shard_sizes: list[int]
+    fingerprint: str
+    text_fingerprint: str
 
 
 class Embeddings:
@@ -176,6 +189,15 @@ class Embeddings:
         return self.manifest["columns"]
 
     @property
+    def shard_sizes(self) -> list[int]:
+        return np.diff(self._starts).tolist()
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the rows are unit-norm, as imported ones may be: CLIP's raw outputs cannot be had from them."""
+        return self.manifest["normalised"]
+
+    @property
     def stats(self) -> dict[str, np.ndarray]:
         """Of the split's raw embeddings: count, image_mean and image_std (D,), image_norm; text_… alike."""
         return {name: np.asarray(value) for name, value in self.manifest["stats"][self.split].items()}
@@ -209,21 +231,29 @@ class Embeddings:
         order = np.argsort(shard_of, kind="stable")
         shards, firsts = np.unique(shard_of[order], return_index=True)
         parts = list(zip(shards.tolist(), np.split(order, firsts[1:]), strict=True))
-        return {column: self._gather(column, indices, parts) for column in columns}
+        sources = [[self._mapped(shard, column) for shard, _ in parts] for column in columns]
+
+        def gathered(maps: list[np.ndarray]) -> np.ndarray:
+            return self._gather(indices, parts, maps)
+
+        large = sum(maps[0][:1].nbytes for maps in sources) * len(indices) > _LARGE
+        if not large or len(columns) == 1:
+            return dict(zip(columns, map(gathered, sources), strict=True))
+        with ThreadPoolExecutor(len(columns)) as pool:  # copying releases the interpreter's lock
+            return dict(zip(columns, pool.map(gathered, sources), strict=True))
 
     def column(self, name: str) -> np.ndarray:
         """A whole column in memory, for statistics such as PCA."""
         return self.rows(np.arange(len(self)), [name])[name]
 
-    def _gather(self, column: str, indices: np.ndarray, parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    def _gather(self, indices: np.ndarray, parts: list[tuple[int, np.ndarray]], maps: list[np.ndarray]) -> np.ndarray:
         """One ``take`` per shard that is touched; shards with shorter caption states are filled up with zeros."""
-        sources = [
-            (self._mapped(shard, column), places, indices[places] - self._starts[shard]) for shard, places in parts
-        ]
-        shape = np.max([source.shape[1:] for source, _, _ in sources], axis=0)
-        rows = np.zeros((len(indices), *shape), dtype=sources[0][0].dtype)
-        for source, places, local in sources:
-            rows[(places, *(slice(size) for size in source.shape[1:]))] = np.take(source, local, axis=0)
+        shape = tuple(np.max([source.shape[1:] for source in maps], axis=0))
+        same = all(source.shape[1:] == shape for source in maps)
+        rows = (np.empty if same else np.zeros)((len(indices), *shape), dtype=maps[0].dtype)
+        for source, (shard, places) in zip(maps, parts, strict=True):
+            taken = np.take(source, indices[places] - self._starts[shard], axis=0)
+            rows[places if same else (places, *(slice(size) for size in source.shape[1:]))] = taken
         return rows
 
     def _mapped(self, shard: int, column: str) -> np.ndarray:
@@ -237,7 +267,13 @@ class Embeddings:
                 ) from error
             if len(mapped) != self._starts[shard + 1] - self._starts[shard]:
                 raise DataError(f"{path} has {len(mapped)} rows; its index says otherwise. Remove it, run unclip-embed")
-            self._open[shard, column] = mapped
+            wanted = self.manifest["embed_dim"]
+            if column in ("image_emb", "text_emb") and mapped.shape[1:] != (wanted,):
+                raise DataError(
+                    f"{path} has rows of shape {mapped.shape[1:]}, the manifest says {wanted} numbers: two CLIPs in one "
+                    "folder? Remove it and run unclip-embed"
+                )
+            self._open[shard, column] = np.asarray(mapped)  # a plain array: indexing a memmap costs more
         return self._open[shard, column]
 
 

@@ -147,7 +147,7 @@ class Stage(pl.LightningModule):
         if bad:
             step, keys, _ = unchecked[bad[0]]
             with self._nonfinite.open("a") as file:
-                file.write(json.dumps({"step": step, "rank": self.global_rank, "keys": keys}) + "\n")
+                file.write(json.dumps({"step": step, "rank": self.global_rank, "keys": list(keys)}) + "\n")
         return self.trainer.strategy.reduce_boolean_decision(bool(bad), all=False)
 
     @property
