@@ -123,7 +123,8 @@ class LayoutWriter:
                 lists = pa.FixedSizeListArray.from_arrays(values.astype(np.float32).ravel(), values.shape[1])
                 parquet.write_table(pa.table({EMBEDDING: lists, **texts}), path)
                 continue
-            half = values.astype(np.float16)
+            with np.errstate(over="ignore"):
+                half = values.astype(np.float16)
             if not np.isfinite(half).all():
                 raise DataError(f"rows of {folder} exceed float16, {np.abs(values).max():g}; export unit-norm ones")
             np.save(path, half)
