@@ -14,18 +14,21 @@ import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from unclip.data import joined
 from unclip.data.shards import Shards, sync_folder, write_atomic
 from unclip.errors import DataError
 from unclip.models.interface import Interface
 
 VERSION = 1
 COLUMNS = ("image_emb", "text_emb", "tokens", "text_seq")
-_LARGE = 1 << 20  # bytes of a batch from which on its columns are gathered side by side
+_MANY = 1024  # rows from which on the columns of a batch are copied side by side
 
 
 @dataclass
@@ -171,13 +174,14 @@ class Embeddings:
         index = _read_json(self.split_dir / "index.json", self.folder)
         self.names: list[str] = [shard["name"] for shard in index["shards"]]
         self._starts = np.cumsum([0] + [shard["num_rows"] for shard in index["shards"]])
-        self._open: dict[tuple[int, str], np.ndarray] = {}
+        self._open: dict[tuple[int, str], np.memmap] = {}
+        self._joined: dict[str, joined.Joined] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_joined": {}}
 
     @property
     def interface(self) -> Interface:
@@ -227,36 +231,44 @@ class Embeddings:
                 raise DataError(
                     f"{self.folder} has the columns {self.columns}, not {column}; embed again with columns=[…]"
                 )
-        shard_of = np.searchsorted(self._starts, indices, side="right") - 1
-        order = np.argsort(shard_of, kind="stable")
-        shards, firsts = np.unique(shard_of[order], return_index=True)
-        parts = list(zip(shards.tolist(), np.split(order, firsts[1:]), strict=True))
-        sources = [[self._mapped(shard, column) for shard, _ in parts] for column in columns]
-
-        def gathered(maps: list[np.ndarray]) -> np.ndarray:
-            return self._gather(indices, parts, maps)
-
-        large = sum(maps[0][:1].nbytes for maps in sources) * len(indices) > _LARGE
-        if not large or len(columns) == 1:
-            return dict(zip(columns, map(gathered, sources), strict=True))
-        with ThreadPoolExecutor(len(columns)) as pool:  # copying releases the interpreter's lock
-            return dict(zip(columns, pool.map(gathered, sources), strict=True))
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        local = indices - self._starts[shards]
+        takers = [partial(self._take, column, shards, local) for column in columns]
+        if len(indices) < _MANY or len(columns) == 1:
+            return dict(zip(columns, [take() for take in takers], strict=True))
+        with ThreadPoolExecutor(len(columns), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            jobs = [pool.submit(take) for take in takers]  # copying releases the interpreter's lock
+            return dict(zip(columns, [job.result() for job in jobs], strict=True))
 
     def column(self, name: str) -> np.ndarray:
         """A whole column in memory, for statistics such as PCA."""
         return self.rows(np.arange(len(self)), [name])[name]
 
-    def _gather(self, indices: np.ndarray, parts: list[tuple[int, np.ndarray]], maps: list[np.ndarray]) -> np.ndarray:
+    def _take(self, column: str, shards: np.ndarray, local: np.ndarray) -> np.ndarray:
+        """Rows ``local`` of ``shards``: in one go where all files hold rows of one shape, else shard by shard."""
+        if column == "text_seq" or not len(local) or not joined.supported():
+            return self._gather(column, shards, local)
+        if column not in self._joined:
+            first = self._mapped(int(shards[0]), column)
+            opener = partial(self._memmap, column)
+            self._joined[column] = joined.Joined(self.shard_sizes, first.shape[1:], first.dtype, opener)
+        return self._joined[column].take(shards, local).numpy()
+
+    def _gather(self, column: str, shards: np.ndarray, local: np.ndarray) -> np.ndarray:
         """One ``take`` per shard that is touched; shards with shorter caption states are filled up with zeros."""
-        shape = tuple(np.max([source.shape[1:] for source in maps], axis=0))
-        same = all(source.shape[1:] == shape for source in maps)
-        rows = (np.empty if same else np.zeros)((len(indices), *shape), dtype=maps[0].dtype)
-        for source, (shard, places) in zip(maps, parts, strict=True):
-            taken = np.take(source, indices[places] - self._starts[shard], axis=0)
-            rows[places if same else (places, *(slice(size) for size in source.shape[1:]))] = taken
+        order = np.argsort(shards, kind="stable")
+        touched, firsts = np.unique(shards[order], return_index=True)
+        sources = [self._mapped(int(shard), column) for shard in touched]
+        shape = np.max([source.shape[1:] for source in sources], axis=0)
+        rows = np.zeros((len(local), *shape), dtype=sources[0].dtype)
+        for source, places in zip(sources, np.split(order, firsts[1:]), strict=True):
+            rows[(places, *(slice(size) for size in source.shape[1:]))] = np.take(source, local[places], axis=0)
         return rows
 
-    def _mapped(self, shard: int, column: str) -> np.ndarray:
+    def _memmap(self, column: str, shard: int) -> np.memmap:
+        return self._mapped(shard, column)
+
+    def _mapped(self, shard: int, column: str) -> np.memmap:
         if (shard, column) not in self._open:
             path = self.split_dir / self.names[shard] / f"{column}.npy"
             try:
@@ -268,12 +280,12 @@ class Embeddings:
             if len(mapped) != self._starts[shard + 1] - self._starts[shard]:
                 raise DataError(f"{path} has {len(mapped)} rows; its index says otherwise. Remove it, run unclip-embed")
             wanted = self.manifest["embed_dim"]
-            if column in ("image_emb", "text_emb") and mapped.shape[1:] != (wanted,):
+            if column in ("image_emb", "text_emb") and mapped.shape[-1] != wanted:
                 raise DataError(
                     f"{path} has rows of shape {mapped.shape[1:]}, the manifest says {wanted} numbers: two CLIPs in one "
                     "folder? Remove it and run unclip-embed"
                 )
-            self._open[shard, column] = np.asarray(mapped)  # a plain array: indexing a memmap costs more
+            self._open[shard, column] = mapped
         return self._open[shard, column]
 
 
