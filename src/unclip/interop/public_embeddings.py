@@ -315,7 +315,8 @@ def export_embeddings(cfg: ExportConfig) -> int:
     try:
         for size in embeddings.shard_sizes:
             samples = range(start, start + size)
-            rows = {names[c]: v.astype(np.float32) for c, v in embeddings.rows(np.array(samples), columns).items()}
+            stored = embeddings.rows(np.array(samples), columns)
+            rows = {names[column]: _first(values) for column, values in stored.items()}
             if not cfg.raw:
                 rows = {name: v / np.linalg.norm(v, axis=1, keepdims=True) for name, v in rows.items()}
             captions = None if caption is None else [caption(i) for i in samples]
@@ -325,6 +326,11 @@ def export_embeddings(cfg: ExportConfig) -> int:
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return start
+
+
+def _first(values: np.ndarray) -> np.ndarray:
+    """(n, D) float32 of (n, D), or of (n, V, D) with several captions or crops a picture."""
+    return values.reshape(len(values), -1, values.shape[-1])[:, 0].astype(np.float32)
 
 
 def _captions(embeddings: Embeddings, cfg: ExportConfig) -> Callable[[int], str] | None:
