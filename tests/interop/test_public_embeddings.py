@@ -285,8 +285,8 @@ def test_batches_without_shards_hold_keys_captions_and_stored_types(world: World
     wide = pickle.loads(pickle.dumps(batch)).to("cpu")
     assert (wide.image_emb.dtype, wide.tokens.dtype) == (torch.float32, torch.int64)
     np.testing.assert_allclose(wide.image_emb, unit(world.image[rows]), atol=1e-3)
-    assert type(wide.key) is type(wide.caption) is type(wide._rows(slice(1, 3)).key)
-    assert batch._rows(slice(1, 3)).caption == batch.caption[1:3]
+    assert type(wide.key) is type(wide.caption) is type(wide.rows(slice(1, 3)).key)
+    assert batch.rows(slice(1, 3)).caption == batch.caption[1:3]
     assert data.fingerprint != UnclipData(DataConfig(embeddings=str(out), train_split="val"), 5, 8, needs).fingerprint
     with pytest.raises(ConfigError, match=r"data\.path is not set.*reads image, tokens; only a prior"):
         UnclipData(DataConfig(embeddings=str(out)), 5, 8, ("image", "tokens"))
