@@ -65,7 +65,7 @@ class Split:
         batch = Batch(position=list(positions))
         if self.pictures is not None:
             batch.image, used = self.pictures.batch(indices)
-            batch.replaced = ["" if i == j else self.shards.keys[i] for i, j in zip(indices, used, strict=True)]
+            batch.replaced = ["" if i == j else self.shards.keys[int(i)] for i, j in zip(indices, used, strict=True)]
             indices = used
         batch.key, batch.caption = Lookup(self.shards.keys.__getitem__, indices), Lookup(self.shards.caption, indices)
         if self.embeddings is not None and self._stored:
