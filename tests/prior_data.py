@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unclip.data.embeddings import EmbeddingsWriter
+from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.data.shards import Shards, ShardWriter
 from unclip.models.interface import Interface
 

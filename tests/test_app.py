@@ -37,6 +37,8 @@ def test_all_commands_are_known():
     data = {"data shapes", "data emoji", "data folder", "data check"}
     assert names == data | {
         "import clip",
+        "import embeddings",
+        "export embeddings",
         "wise-ft",
         "prior-stats",
         "zero-shot",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from unclip.data.embeddings import EmbeddingsWriter
+from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.models.interface import Interface
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"

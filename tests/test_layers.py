@@ -13,7 +13,7 @@ LAYERS = [
     {"diffusion", "nets", "errors"},
     {"models", "config", "artifact"},
     {"data", "evaluation"},
-    {"stages"},
+    {"stages", "interop"},
     {"callbacks", "optim", "run_lock", "pipeline"},
     {"train"},
     {"cli"},

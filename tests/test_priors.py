@@ -192,7 +192,7 @@ def test_live_states_are_the_stored_ones(world: Path):
     batches: list[Batch] = []
     for source in ({}, live(world)):
         data = UnclipData(config(world, "x", diffusion(), **source).data, 0, 8, diffusion().columns)
-        batches.append(data.on_after_batch_transfer(next(iter(data.train_dataloader())), 0))
+        batches.append(data.on_after_batch_transfer(next(iter(data.train_dataloader())).to("cpu"), 0))
     stored, made = (batch.column("text_seq") for batch in batches)
     mask = batches[0].text_mask
     assert mask is not None

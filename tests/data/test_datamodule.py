@@ -12,7 +12,7 @@ import torch
 from unclip.data.ahead import prefetched
 from unclip.data.batch import Batch, caption_mask
 from unclip.data.datamodule import DataConfig, UnclipData
-from unclip.data.embeddings import EmbeddingsWriter
+from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.data.order import Order
 from unclip.data.pictures import Pictures
 from unclip.data.shards import Shards

@@ -13,7 +13,8 @@ import torch
 
 from unclip.data import embed as embed_module
 from unclip.data.embed import EmbedConfig, embed_with
-from unclip.data.embeddings import Embeddings, EmbeddingsWriter
+from unclip.data.embeddings import Embeddings
+from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError, DataError
 from unclip.models.clip import CLIP, CLIPConfig

@@ -15,7 +15,8 @@ import torch
 from unclip.artifact import Manifest, save
 from unclip.config import to_plain
 from unclip.data.embed import EmbedConfig
-from unclip.data.embeddings import Embeddings, EmbeddingsWriter, Moments
+from unclip.data.embeddings import Embeddings
+from unclip.data.embeddings_writer import EmbeddingsWriter, Moments
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError
 from unclip.models.clip import CLIP, CLIPConfig
@@ -25,7 +26,7 @@ SBATCH = Path(__file__).parents[2] / "scripts" / "slurm" / "embed.sbatch"
 KILLED = """
 import os, signal
 from unclip.cli import train
-from unclip.data.embeddings import EmbeddingsWriter
+from unclip.data.embeddings_writer import EmbeddingsWriter
 from pathlib import Path
 fill = EmbeddingsWriter._fill
 def fill_or_die(self, draft, sha256, keys, columns):

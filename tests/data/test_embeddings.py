@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unclip.data.embeddings import Embeddings, EmbeddingsWriter, Moments, lengths
+from unclip.data.embeddings import Embeddings, lengths
+from unclip.data.embeddings_writer import EmbeddingsWriter, Moments
 from unclip.data.shards import Shards
 from unclip.errors import DataError
 from unclip.models.interface import Interface

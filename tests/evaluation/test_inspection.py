@@ -8,7 +8,8 @@ from tests_support import run_command
 from unclip.artifact import Manifest, save
 from unclip.cli.inspect import inspect_path
 from unclip.config import to_plain
-from unclip.data.embeddings import Embeddings, EmbeddingsWriter
+from unclip.data.embeddings import Embeddings
+from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.data.variants import Variants
 from unclip.errors import ConfigError, DataError
 from unclip.evaluation import inspection

@@ -7,13 +7,18 @@ from typing import Annotated
 
 import typer
 
+from unclip.cli.embeddings import export_embeddings, import_embeddings
 from unclip.errors import ConfigError, told_to_the_user
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Make data sets: webdataset shards with an index.")
-imports = typer.Typer(no_args_is_help=True, help="Turn foreign weights into artifacts.")
+imports = typer.Typer(no_args_is_help=True, help="Turn foreign weights and embeddings into ours.")
+exports = typer.Typer(no_args_is_help=True, help="Turn ours into others' layouts.")
 app.add_typer(data, name="data")
 app.add_typer(imports, name="import")
+app.add_typer(exports, name="export")
+imports.command("embeddings")(import_embeddings)
+exports.command("embeddings")(export_embeddings)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]

@@ -47,7 +47,7 @@ def add_statistics(
 def _data_config(run: Path, manifest: Manifest, data: Path | None, embeddings: Path | None) -> DataConfig:
     raw = dict(manifest.settings.get("data", {}))
     raw |= {name: str(path) for name, path in (("path", data), ("embeddings", embeddings)) if path is not None}
-    if not raw.get("path") or not raw.get("embeddings"):
+    if not raw.get("embeddings"):  # imported ones need no path
         raise ConfigError(f"{run} does not say what it was trained on; give --data and --embeddings")
     return from_plain(raw, DataConfig)
 

@@ -1,6 +1,6 @@
 """What a training step gets: one batch of samples of the endless stream."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -14,14 +14,15 @@ class Batch:
     """B samples; a column that the stage did not ask for is None.
 
     ``image`` (B, 3, H, W) uint8; ``tokens`` (B, L) int64, zero after the end-of-text token, cut to the batch's longest
-    caption; ``image_emb`` and ``text_emb`` (B, D) float32, the raw outputs of CLIP (not unit-norm); ``text_seq``
-    (B, L, W), the caption's token states; ``position``: the place in the endless stream, the seed of a sample's noise.
-    ``replaced``: the key of the damaged sample whose place another one took, else "".
+    caption; ``image_emb`` and ``text_emb`` (B, D) float32, the raw outputs of CLIP (unit-norm only where imported ones
+    are); ``text_seq`` (B, L, W), the caption's token states; ``position``: the place in the endless stream, the seed of
+    a sample's noise. ``replaced``: the key of the damaged sample whose place another one took, else "".
+    The loader hands columns over as they are stored, half-precision and int32; :meth:`to` widens them on the device.
     """
 
-    key: list[str] = field(default_factory=list)
+    key: Sequence[str] = field(default_factory=list)
     position: list[int] = field(default_factory=list)
-    caption: list[str] = field(default_factory=list)
+    caption: Sequence[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     image: Tensor | None = None
     tokens: Tensor | None = None
@@ -40,8 +41,8 @@ class Batch:
         return caption_mask(self.tokens)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The batch with its tensors on ``device``; the lists stay on the host."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The batch with its tensors on ``device``, widened to float32 and int64 there; the lists stay on the host."""
+        return self._map(lambda tensor: _widened(tensor.to(device, non_blocking=non_blocking)))
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked memory, for asynchronous copies to a GPU."""
@@ -59,7 +60,7 @@ class Batch:
         columns: dict[str, Any] = {}
         for f in fields(Batch):
             values = [batch.__dict__[f.name] for batch in batches]
-            if isinstance(values[0], list):
+            if isinstance(values[0], Sequence):
                 rows = [row for value in values for row in value]
                 columns[f.name] = [rows[i] for i in order] if rows else []
             elif values[0] is not None:
@@ -82,6 +83,11 @@ class Batch:
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         columns = {f.name: value for f in fields(self) if isinstance(value := self.__dict__[f.name], Tensor)}
         return replace(self, **{name: function(value) for name, value in columns.items()})
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """float16 to float32 and int32 to int64; pictures stay uint8."""
+    return tensor.to({torch.float16: torch.float32, torch.int32: torch.int64}.get(tensor.dtype, tensor.dtype))
 
 
 def _cat_padded(values: list[Tensor]) -> Tensor:

@@ -27,6 +27,7 @@ from unclip.data.remote import MissingError
 from unclip.data.settings import DataConfig, TextStates
 from unclip.data.shards import Shards
 from unclip.data.stream import Decode, Decoded, DecodeItem, Encoded, Stream, taken
+from unclip.data.texts import Lookup, Samples, StoredTexts
 from unclip.data.variants import ONE, captions_of, picked
 from unclip.errors import ConfigError, DataError
 from unclip.models.clip import CLIP
@@ -45,38 +46,42 @@ class Split:
     """
 
     def __init__(self, cfg: DataConfig, split: str, needs: Collection[str], tokenize: Tokenize | None) -> None:
-        self.shards = Shards(cfg.place(split), cfg.remote)
         self.embeddings = Embeddings(cfg.embeddings, split) if cfg.embeddings else None
         self.needs, self.tokenize = tuple(needs), tokenize
-        if self.embeddings is not None:
-            self.embeddings.check_belongs_to(self.shards)
-        self.pictures = Pictures(self.shards, cfg.image_size, cfg.cache) if "image" in needs else None
+        self.shards, self.pictures = self._samples(cfg, split)
         self._stored = self._stored_columns()
         self._tokens: dict[int, Tensor] | None = {} if cfg.cache else None
+
+    def _samples(self, cfg: DataConfig, split: str) -> tuple[Samples, Pictures | None]:
+        """Keys and captions, and the pictures where the stage needs them."""
+        if not cfg.path and self.embeddings is not None:
+            return StoredTexts(self.embeddings), None
+        shards = Shards(cfg.place(split), cfg.remote)
+        if self.embeddings is not None:
+            self.embeddings.check_belongs_to(shards)
+        return shards, Pictures(shards, cfg.image_size, cfg.cache) if "image" in self.needs else None
 
     def batch(self, indices: np.ndarray, positions: Sequence[int]) -> Batch:
         """The samples ``indices`` as a batch; only what the stage needs is read."""
         batch = Batch(position=list(positions))
         if self.pictures is not None:
             batch.image, used = self.pictures.batch(indices)
-            batch.replaced = ["" if i == j else self.shards.keys[i] for i, j in zip(indices, used, strict=True)]
+            batch.replaced = ["" if i == j else self.shards.keys[int(i)] for i, j in zip(indices, used, strict=True)]
             indices = used
-        samples = indices.tolist()
-        batch.key = [self.shards.keys[i] for i in samples]
-        batch.caption = [self.shards.caption(i) for i in samples]
+        batch.key, batch.caption = Lookup(self.shards.keys.__getitem__, indices), Lookup(self.shards.caption, indices)
         if self.embeddings is not None and self._stored:
             rows = self.embeddings.all_variants(indices, self._stored)
             if (variants := self.embeddings.variants) != ONE:
+                assert isinstance(self.shards, Shards)  # imported embeddings have one caption and one crop
                 rows, chosen = picked(rows, variants, positions, central=self.pictures is not None)
-                every = [captions_of(self.shards, i, variants.captions) for i in samples]
+                every = [captions_of(self.shards, i, variants.captions) for i in indices.tolist()]
                 batch.caption = [captions[k] for captions, k in zip(every, chosen, strict=True)]
             length = int(lengths(rows["tokens"]).max()) if "tokens" in rows else None
             for column, values in rows.items():
                 cut = values[:, :length] if column in ("tokens", "text_seq") else values
-                kind = torch.int64 if column == "tokens" else torch.float32
-                setattr(batch, column, torch.from_numpy(np.ascontiguousarray(cut)).to(kind))
+                setattr(batch, column, torch.from_numpy(np.ascontiguousarray(cut)))
         elif "tokens" in self.needs:
-            batch.tokens = trim(self._tokenized(samples, batch.caption))
+            batch.tokens = trim(self._tokenized(indices.tolist(), list(batch.caption)))
         return batch
 
     def _tokenized(self, samples: list[int], captions: list[str]) -> Tensor:
@@ -121,8 +126,11 @@ class UnclipData(pl.LightningDataModule):
         unknown = set(needs) - set(COLUMNS)
         if unknown:
             raise ValueError(f"a batch has the columns {COLUMNS}, not {sorted(unknown)}")
-        if not cfg.path:
-            raise ConfigError("data.path is not set; give the folder that holds the splits: data.path=…")
+        if not cfg.path and ("image" in needs or not cfg.embeddings):
+            raise ConfigError(
+                f"data.path is not set; give the folder that holds the splits: data.path=… (this stage reads "
+                f"{', '.join(needs)}; only a prior trains on imported embeddings alone)"
+            )
         self.cfg, self.seed, self.batch_size = cfg, seed, batch_size
         self.tokenize = tokenize
         self._live = cfg.text_states is TextStates.live and "text_seq" in needs
@@ -209,10 +217,11 @@ class UnclipData(pl.LightningDataModule):
         """The training split of each data set; ConfigError where their embeddings are of different CLIPs."""
         splits = [self.split(self.cfg.train_split)]
         for other in self.cfg.others:
-            if other.path not in self._others:
+            name = f"{other.path} {other.embeddings}"
+            if name not in self._others:
                 cfg = replace(self.cfg, path=other.path, embeddings=other.embeddings)
-                self._others[other.path] = Split(cfg, self.cfg.train_split, self.needs, self.tokenize)
-            splits.append(self._others[other.path])
+                self._others[name] = Split(cfg, self.cfg.train_split, self.needs, self.tokenize)
+            splits.append(self._others[name])
         first, *rest = [split.embeddings.interface if split.embeddings else None for split in splits]
         for other, interface in zip(self.cfg.others, rest, strict=True):
             if interface != first:
@@ -299,14 +308,14 @@ class UnclipData(pl.LightningDataModule):
         return self._loader(Batches(partial(_val_batch, split, mine), 0, num_batches))
 
     def sheet_batch(self, count: int) -> Batch:
-        """The first samples of the validation split (else of the training split), always with their pictures."""
+        """The first samples of the validation split (else of the training split), with their pictures if there are any."""
         name = self.cfg.val_split or self.cfg.train_split
         if name == self.cfg.train_split and self.streamed is not None:
             stream = Stream(self.streamed, self.cfg.retry_seconds, self.seed)
             return self._decode(pictures=True)(next(taken(stream, count, 0)), range(count))
         split = Split(replace(self.cfg, cache=False), name, {*self.needs, "image"}, self.tokenize)
         samples = np.arange(min(count, len(split.shards)))
-        return self.on_after_batch_transfer(split.batch(samples, samples.tolist()), 0)
+        return self.on_after_batch_transfer(split.batch(samples, samples.tolist()).to("cpu"), 0)
 
     def _stream_loader(self, shards: list[str]) -> DataLoader:
         """One thread reads the shards, whatever the number of workers, which decode only."""

@@ -25,7 +25,8 @@ from unclip.config import Precision
 from unclip.data.ahead import PREFETCH, Batches
 from unclip.data.batch import Batch
 from unclip.data.datamodule import trim
-from unclip.data.embeddings import COLUMNS, EmbeddingsWriter, lengths
+from unclip.data.embeddings import COLUMNS, lengths
+from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.data.parallel import in_order
 from unclip.data.shards import Shards
 from unclip.data.variants import Crops, Variants, captions_of

@@ -9,211 +9,25 @@ end-of-text token; ``text_seq`` (n, L, W) float16, optional, L being the longest
 or captions a picture they gain a dimension after n, see :mod:`unclip.data.variants`.
 """
 
-import contextlib
-import fcntl
 import json
-import logging
-import os
-import shutil
-import socket
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from unclip.data.shards import Shards, sync_folder, write_atomic
-from unclip.data.variants import ONE, Variants
+from unclip.data import joined
+from unclip.data.shards import Shards
+from unclip.data.variants import Variants
 from unclip.errors import DataError
 from unclip.models.interface import Interface
 
-log = logging.getLogger(__name__)
 VERSION = 1
 COLUMNS = ("image_emb", "text_emb", "tokens", "text_seq")
-
-
-@dataclass
-class Moments:
-    """Count, mean, sum of squared deviations and mean norm of vectors, float64; merging is exact (Chan et al. 1979)."""
-
-    count: int = 0
-    mean: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    squares: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    norm: float = 0.0
-
-    @staticmethod
-    def of(rows: np.ndarray) -> "Moments":
-        """Moments of the rows of (n, D)."""
-        rows = rows.astype(np.float64)
-        mean = rows.mean(axis=0)
-        norm = float(np.linalg.norm(rows, axis=1).mean())
-        return Moments(len(rows), mean, np.square(rows - mean).sum(axis=0), norm)
-
-    def merge(self, other: "Moments") -> "Moments":
-        """Moments of both sets of vectors together."""
-        if self.count == 0 or other.count == 0:
-            return self if other.count == 0 else other
-        count = self.count + other.count
-        part = other.count / count
-        delta = other.mean - self.mean
-        squares = self.squares + other.squares + np.square(delta) * self.count * part
-        return Moments(count, self.mean + delta * part, squares, self.norm + (other.norm - self.norm) * part)
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "count": self.count,
-            "mean": self.mean.tolist(),
-            "squares": self.squares.tolist(),
-            "norm": self.norm,
-        }
-
-    @staticmethod
-    def from_json(raw: dict[str, Any]) -> "Moments":
-        return Moments(raw["count"], np.array(raw["mean"]), np.array(raw["squares"]), raw["norm"])
-
-
-class EmbeddingsWriter:
-    """Writes the shards of one split, then its index and the manifest; a shard that is complete is not written again.
-
-    Several processes may write to one folder, on one machine or on many: a shard and every other file appear complete
-    or not at all, and whoever finds all shards there writes index and manifest, one after another.
-
-    Raises DataError when ``folder`` holds embeddings of another CLIP or with other settings.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        split: str,
-        interface: Interface,
-        columns: Sequence[str],
-        dtype: str,
-        variants: Variants = ONE,
-    ) -> None:
-        self.folder, self.split_dir, self.split = Path(folder), Path(folder) / split, split
-        self.interface, self.variants = interface, variants
-        self.settings = {"clip": interface.clip, "columns": list(columns), "dtype": dtype, "variants": asdict(variants)}
-        self.split_dir.mkdir(parents=True, exist_ok=True)
-        for path in sorted(self.folder.glob("*/*/shard.json")):
-            self._check(path)
-        self._sweep()
-
-    def done(self, name: str, sha256: str) -> bool:
-        """Whether shard ``name`` was finished from the tar with this checksum."""
-        path = self.split_dir / name / "shard.json"
-        return path.exists() and _shard_facts(path)["data"] == sha256
-
-    def write(self, name: str, sha256: str, keys: list[str], columns: dict[str, np.ndarray]) -> None:
-        """Write the columns of one shard; ``sha256`` is that of its tar."""
-        wrong = {column: len(rows) for column, rows in columns.items() if len(rows) != len(keys)}
-        if wrong or sorted(columns) != sorted(self.settings["columns"]):
-            raise ValueError(f"{name} has {len(keys)} keys but columns {list(columns)}, of other lengths: {wrong}")
-        draft = self.split_dir / f"{name}.{socket.gethostname()}-{os.getpid()}.tmp"
-        draft.mkdir()
-        try:
-            self._fill(draft, sha256, keys, columns)
-            self._appear(draft, name, sha256)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-
-    def _fill(self, draft: Path, sha256: str, keys: list[str], columns: dict[str, np.ndarray]) -> None:
-        for column, rows in columns.items():
-            with (draft / f"{column}.npy").open("wb") as file:
-                np.save(file, rows)
-                file.flush()
-                os.fsync(file.fileno())
-        write_atomic(draft / "keys.txt", "".join(key + "\n" for key in keys).encode())
-        vectors = {c: columns[c].reshape(-1, columns[c].shape[-1]) for c in ("image_emb", "text_emb") if c in columns}
-        moments = {column: Moments.of(rows).to_json() for column, rows in vectors.items()}
-        facts = {**self.settings, "data": sha256, "num_rows": len(keys), "moments": moments}
-        write_atomic(draft / "shard.json", json.dumps(facts).encode())
-
-    def _appear(self, draft: Path, name: str, sha256: str) -> None:
-        """The draft becomes the shard, unless another process was faster with the same one."""
-        final = self.split_dir / name
-        with _alone(self.folder):
-            if self.done(name, sha256):
-                return
-            if final.exists():  # made from other data
-                log.info("%s was made from other data: made anew", final)
-                (self.split_dir / "index.json").unlink(missing_ok=True)
-                shutil.rmtree(final)
-            os.replace(draft, final)
-            sync_folder(self.split_dir)
-
-    def complete(self, shards: Shards) -> bool:
-        """Whether every shard is there, made from these tars."""
-        return all(self.done(Path(n).stem, sha256) for n, sha256 in zip(shards.names, shards.sha256, strict=True))
-
-    def finish(self, shards: Shards) -> None:
-        """Write the split's index and enter the split into the manifest; the same result whoever does it, and again."""
-        names = [Path(name).stem for name in shards.names]
-        facts = [_shard_facts(self.split_dir / name / "shard.json") for name in names]
-        rows = [fact["num_rows"] for fact in facts]
-        if rows != shards.shard_sizes:
-            raise DataError(
-                f"{self.split_dir} has shards of {rows[:5]}… rows, {shards.split_dir} of others; embed again"
-            )
-        entries = [{"name": name, "num_rows": count} for name, count in zip(names, rows, strict=True)]
-        index = {"version": VERSION, "num_rows": sum(rows), "shards": entries}
-        stats = {"count": sum(rows), **_statistics([fact["moments"] for fact in facts])}
-        data = {"fingerprint": shards.fingerprint, "text_fingerprint": shards.text_fingerprint}
-        path = self.folder / "manifest.json"
-        empty: dict[str, Any] = {"data": {}, "stats": {}}
-        with _alone(self.folder):
-            write_atomic(self.split_dir / "index.json", json.dumps(index).encode())
-            manifest: dict[str, Any] = json.loads(path.read_text()) if path.exists() else empty
-            manifest |= {"version": VERSION, "kind": "embeddings", **self.settings, "normalised": False}
-            manifest |= {"embed_dim": self.interface.embed_dim, "context_length": self.interface.context_length}
-            manifest["interface"] = asdict(self.interface)
-            manifest["data"] = dict(sorted({**manifest["data"], self.split: data}.items()))
-            manifest["stats"] = dict(sorted({**manifest["stats"], self.split: stats}.items()))
-            write_atomic(path, (json.dumps(manifest, indent=1) + "\n").encode())
-
-    def _check(self, path: Path) -> None:
-        facts = _shard_facts(path)
-        for name, wanted in self.settings.items():
-            if facts[name] != wanted:
-                found = f"{name} {_short(facts[name])}, not {_short(wanted)}"
-                raise DataError(
-                    f"{self.folder} holds embeddings with {found}; write to another folder or remove this one"
-                )
-
-    def _sweep(self) -> None:
-        """Remove what processes that were killed on this machine left half written."""
-        host = socket.gethostname()
-        for draft in self.split_dir.glob(f"*.{host}-*.tmp"):
-            if not _alive(int(draft.name.removesuffix(".tmp").rpartition("-")[2])):
-                shutil.rmtree(draft, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """No other process is in here for the same folder; the kernel lets go however this one ends."""
-    with (folder / "write.lock").open("a") as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _shard_facts(path: Path) -> dict[str, Any]:
-    """shard.json; DataError where it is damaged."""
-    try:
-        facts = json.loads(path.read_text())
-        facts.setdefault("variants", asdict(ONE))  # older folders know one caption and one crop
-        return {name: facts[name] for name in ("clip", "columns", "dtype", "variants", "data", "num_rows", "moments")}
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is missing or damaged ({error!r}); remove {path.parent}, run unclip-embed") from error
+_MANY = 1024  # rows from which on the columns of a batch are copied side by side
 
 
 class Embeddings:
@@ -232,13 +46,14 @@ class Embeddings:
         index = _read_json(self.split_dir / "index.json", self.folder)
         self.names: list[str] = [shard["name"] for shard in index["shards"]]
         self._starts = np.cumsum([0] + [shard["num_rows"] for shard in index["shards"]])
-        self._open: dict[tuple[int, str], np.ndarray] = {}
+        self._open: dict[tuple[int, str], np.memmap] = {}
+        self._joined: dict[str, joined.Joined] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_joined": {}}
 
     @property
     def interface(self) -> Interface:
@@ -253,6 +68,15 @@ class Embeddings:
     def variants(self) -> Variants:
         """How many captions and crops a picture has."""
         return Variants(**self.manifest.get("variants", {}))
+
+    @property
+    def shard_sizes(self) -> list[int]:
+        return np.diff(self._starts).tolist()
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the rows are unit-norm, as imported ones may be: CLIP's raw outputs cannot be had from them."""
+        return self.manifest["normalised"]
 
     @property
     def stats(self) -> dict[str, np.ndarray]:
@@ -292,28 +116,44 @@ class Embeddings:
                 raise DataError(
                     f"{self.folder} has the columns {self.columns}, not {column}; embed again with columns=[…]"
                 )
-        shard_of = np.searchsorted(self._starts, indices, side="right") - 1
-        order = np.argsort(shard_of, kind="stable")
-        shards, firsts = np.unique(shard_of[order], return_index=True)
-        parts = list(zip(shards.tolist(), np.split(order, firsts[1:]), strict=True))
-        return {column: self._gather(column, indices, parts) for column in columns}
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        local = indices - self._starts[shards]
+        takers = [partial(self._take, column, shards, local) for column in columns]
+        if len(indices) < _MANY or len(columns) == 1:
+            return dict(zip(columns, [take() for take in takers], strict=True))
+        with ThreadPoolExecutor(len(columns), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            jobs = [pool.submit(take) for take in takers]  # copying releases the interpreter's lock
+            return dict(zip(columns, [job.result() for job in jobs], strict=True))
 
     def column(self, name: str) -> np.ndarray:
         """A whole column in memory, for statistics such as PCA."""
         return self.rows(np.arange(len(self)), [name])[name]
 
-    def _gather(self, column: str, indices: np.ndarray, parts: list[tuple[int, np.ndarray]]) -> np.ndarray:
+    def _take(self, column: str, shards: np.ndarray, local: np.ndarray) -> np.ndarray:
+        """Rows ``local`` of ``shards``: in one go where all files hold rows of one shape, else shard by shard."""
+        if column == "text_seq" or not len(local) or not joined.supported():
+            return self._gather(column, shards, local)
+        if column not in self._joined:
+            first = self._mapped(int(shards[0]), column)
+            opener = partial(self._memmap, column)
+            self._joined[column] = joined.Joined(self.shard_sizes, first.shape[1:], first.dtype, opener)
+        return self._joined[column].take(shards, local).numpy()
+
+    def _gather(self, column: str, shards: np.ndarray, local: np.ndarray) -> np.ndarray:
         """One ``take`` per shard that is touched; shards with shorter caption states are filled up with zeros."""
-        sources = [
-            (self._mapped(shard, column), places, indices[places] - self._starts[shard]) for shard, places in parts
-        ]
-        shape = np.max([source.shape[1:] for source, _, _ in sources], axis=0)
-        rows = np.zeros((len(indices), *shape), dtype=sources[0][0].dtype)
-        for source, places, local in sources:
-            rows[(places, *(slice(size) for size in source.shape[1:]))] = np.take(source, local, axis=0)
+        order = np.argsort(shards, kind="stable")
+        touched, firsts = np.unique(shards[order], return_index=True)
+        sources = [self._mapped(int(shard), column) for shard in touched]
+        shape = np.max([source.shape[1:] for source in sources], axis=0)
+        rows = np.zeros((len(local), *shape), dtype=sources[0].dtype)
+        for source, places in zip(sources, np.split(order, firsts[1:]), strict=True):
+            rows[(places, *(slice(size) for size in source.shape[1:]))] = np.take(source, local[places], axis=0)
         return rows
 
-    def _mapped(self, shard: int, column: str) -> np.ndarray:
+    def _memmap(self, column: str, shard: int) -> np.memmap:
+        return self._mapped(shard, column)
+
+    def _mapped(self, shard: int, column: str) -> np.memmap:
         if (shard, column) not in self._open:
             path = self.split_dir / self.names[shard] / f"{column}.npy"
             try:
@@ -324,6 +164,12 @@ class Embeddings:
                 ) from error
             if len(mapped) != self._starts[shard + 1] - self._starts[shard]:
                 raise DataError(f"{path} has {len(mapped)} rows; its index says otherwise. Remove it, run unclip-embed")
+            wanted = self.manifest["embed_dim"]
+            if column in ("image_emb", "text_emb") and mapped.shape[-1] != wanted:
+                raise DataError(
+                    f"{path} has rows of shape {mapped.shape[1:]}, the manifest says {wanted} numbers: two CLIPs in one "
+                    "folder? Remove it and run unclip-embed"
+                )
             self._open[shard, column] = mapped
         return self._open[shard, column]
 
@@ -333,20 +179,6 @@ def lengths(tokens: np.ndarray) -> np.ndarray:
     return tokens.argmax(axis=-1) + 1
 
 
-def _statistics(shards: list[dict[str, Any]]) -> dict[str, Any]:
-    """Statistics of a split from the moments of its shards, merged in order."""
-    statistics: dict[str, Any] = {}
-    for column in shards[0]:
-        total = Moments()
-        for shard in shards:
-            total = total.merge(Moments.from_json(shard[column]))
-        side = column.removesuffix("_emb")
-        std = np.sqrt(total.squares / total.count)
-        statistics |= {f"{side}_count": total.count, f"{side}_mean": total.mean.tolist(), f"{side}_std": std.tolist()}
-        statistics[f"{side}_norm"] = total.norm
-    return statistics
-
-
 def _read_json(path: Path, folder: Path) -> dict[str, Any]:
     if not path.exists():
         raise DataError(f"{path} is missing: {folder} is no finished embeddings folder; run unclip-embed run={folder}")
@@ -354,7 +186,3 @@ def _read_json(path: Path, folder: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise DataError(f"{path} is damaged ({error}); run unclip-embed run={folder} again") from error
-
-
-def _short(value: Any) -> Any:
-    return value[:8] if isinstance(value, str) and len(value) == 64 else value

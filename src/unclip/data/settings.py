@@ -29,6 +29,7 @@ class TextStates(Enum):
 @dataclass
 class DataConfig:
     """Where samples come from. ``path`` holds one folder of shards per split, ``embeddings`` what unclip-embed wrote.
+    Imported embeddings hold their captions: a prior needs no ``path`` beside them.
 
     ``others`` are further data sets to train on, each sample drawn from one of them with a probability in proportion
     to ``weight`` (of the first) and theirs; validation and statistics are those of the first.

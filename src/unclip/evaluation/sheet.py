@@ -73,6 +73,15 @@ def save_picture(picture: Image.Image, path: Path, info: PngInfo | None = None) 
         draft.unlink(missing_ok=True)
 
 
+def text_tile(text: str, size: int = 96) -> np.ndarray:
+    """The words as a (size, size, 3) uint8 picture, where there is no picture to show."""
+    page = Image.new("RGB", (size, size), "white")
+    draw = ImageDraw.Draw(page)
+    for k, line in enumerate(_wrap(text, size // 6)[: size // LINE]):
+        draw.text((0, k * LINE), line, fill="black", font=ImageFont.load_default(10))
+    return np.asarray(page)
+
+
 def _fit(picture: np.ndarray, cell: int) -> Image.Image:
     image = Image.fromarray(picture)
     scale = cell / max(image.size)

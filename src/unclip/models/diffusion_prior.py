@@ -109,6 +109,11 @@ class DiffusionPrior(nn.Module):
 
     def fit(self, embeddings: Any) -> None:
         """Outside the scaled space: take mean, standard deviation and axes of the raw z_i from the training embeddings."""
+        if not self.scaled and embeddings.normalised:
+            raise ConfigError(
+                f"{embeddings.folder} holds unit-norm rows, but embedding_space={self.cfg.embedding_space.value} needs CLIP's "
+                "raw outputs, which cannot be had from them; take model.embedding_space=scaled, or run unclip-embed"
+            )
         match self.cfg.embedding_space:
             case EmbeddingSpace.whitened:
                 self.clip_mean.copy_(torch.as_tensor(embeddings.stats["image_mean"]).view(1, -1))

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,9 @@ class Stage(pl.LightningModule):
         self._clock = time.monotonic()
         self._sums: dict[str, Tensor] = {}
         self._count = 0  # steps in the sums
-        self._unchecked: list[tuple[int, list[str], Tensor]] = []  # step, keys, a number that is finite if all is well
+        self._unchecked: list[
+            tuple[int, Sequence[str], Tensor]
+        ] = []  # step, keys, a number that is finite if all is well
         self._swap = contextlib.ExitStack()
         self.validated_at = -1  # the step of the last validation, and what it found
         self.val_metrics: dict[str, float] = {}
@@ -147,7 +150,7 @@ class Stage(pl.LightningModule):
         if bad:
             step, keys, _ = unchecked[bad[0]]
             with self._nonfinite.open("a") as file:
-                file.write(json.dumps({"step": step, "rank": self.global_rank, "keys": keys}) + "\n")
+                file.write(json.dumps({"step": step, "rank": self.global_rank, "keys": list(keys)}) + "\n")
         return self.trainer.strategy.reduce_boolean_decision(bool(bad), all=False)
 
     @property

@@ -1,10 +1,15 @@
 """The prior: caption and z_t to z_i; validation compares sampled z_i with the true ones."""
 
+from collections.abc import Sequence
+
+import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.data.batch import Batch
 from unclip.evaluation.prior import PriorEvaluation
+from unclip.evaluation.sheet import text_tile
 from unclip.stages.base import Row, Stage
 
 
@@ -33,8 +38,13 @@ class PriorStage(Stage):
 
     def sheet(self, batch: Batch) -> list[Row]:
         order = (self._sample(batch) @ F.normalize(batch.column("image_emb"), dim=1).T).argsort(dim=1, descending=True)
-        pictures = batch.column("image").cpu()
+        pictures = _tiles(batch.caption) if batch.image is None else batch.image.cpu()
         return [
             Row(caption, [pictures[i], *(pictures[j] for j in order[i, :4].tolist())])
             for i, caption in enumerate(batch.caption)
         ]
+
+
+def _tiles(captions: Sequence[str]) -> Tensor:
+    """Captions as pictures (B, 3, 96, 96), for embeddings without pictures."""
+    return torch.from_numpy(np.stack([text_tile(caption) for caption in captions])).permute(0, 3, 1, 2)

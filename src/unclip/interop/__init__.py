@@ -1,0 +1,1 @@
+"""Other projects' layouts and weights, in and out."""
