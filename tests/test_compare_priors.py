@@ -15,7 +15,7 @@ EVALUATED = {"cosine_to_true": 0.5, "cosine_difference": 0.01, "recall_1": 0.1, 
 def compare(*arguments: str, code: int = 0) -> str:
     done = subprocess.run(
         [str(SCRIPTS / "compare_priors.sh"), *arguments],
-        capture_output=True, text=True, timeout=280, env=environment(), check=False,
+        capture_output=True, text=True, timeout=600, env=environment(), check=False,
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == code, said[-3000:]
@@ -78,6 +78,7 @@ def test_wrong_arguments_are_refused_before_anything_is_trained(given: list[str]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_priors_with_two_seeds_and_again(tmp_path: Path):
     make_pairs(tmp_path)
     short, net = TINY["prior"][:8], TINY["prior"][8:]
