@@ -24,7 +24,7 @@ class PriorStage(Stage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluation.add(batch)
-        if self.optim_cfg.ema_decay:
+        if self.optim_cfg.ema_decay and self.model.cfg.trains:
             with self.adamw.trained_weights():
                 self._evaluation.add_losses(batch, prefix="online/")
 
