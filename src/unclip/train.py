@@ -25,6 +25,7 @@ from unclip.stages.base import Stage
 from unclip.stages.clip import ClipStage
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
+from unclip.stages.sharded import Sharded, gathered
 from unclip.stages.upsampler import UpsamplerStage
 
 log = logging.getLogger(__name__)
@@ -45,9 +46,9 @@ class TrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:
-        if self.optim.sam_rho and "fsdp" in self.trainer.strategy:
+        if self.optim.sam_rho and self.trainer.strategy == "fsdp2":
             raise ConfigError(
-                f"optim.sam_rho with trainer.strategy={self.trainer.strategy}: each rank climbs by its own whole gradient, "
+                "optim.sam_rho with trainer.strategy=fsdp2: each rank climbs by its own whole gradient, "
                 "which sharded training never has; take trainer.strategy=ddp, or optim.sam_rho=0"
             )
 
@@ -55,6 +56,14 @@ class TrainConfig:
 @dataclass
 class ClipTrainConfig(TrainConfig):
     model: CLIPConfig = field(default_factory=CLIPConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model.lora_rank and self.trainer.strategy == "fsdp2":
+            raise ConfigError(
+                "model.lora_rank with trainer.strategy=fsdp2: adapters compute their layers' weights anew in each pass, which "
+                "sharded layers do not allow; take trainer.strategy=ddp"
+            )
 
 
 @dataclass
@@ -136,7 +145,9 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
         accelerator=cfg.trainer.accelerator,
         devices=cfg.trainer.devices,
         num_nodes=cfg.trainer.num_nodes,
-        strategy=cfg.trainer.strategy,
+        strategy=Sharded(cfg.trainer.devices * cfg.trainer.num_nodes)
+        if cfg.trainer.strategy == "fsdp2"
+        else cfg.trainer.strategy,
         precision="bf16-mixed" if cfg.trainer.precision is Precision.bf16 else "32-true",
         max_steps=cfg.trainer.max_steps,
         max_epochs=-1,
@@ -195,8 +206,9 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
             data=data.fingerprint,
             settings=to_plain(cfg),
         )
+        weights = gathered(stage.model.state_dict())
         if trainer.is_global_zero:
-            artifact.save(run, stage.model, manifest)
+            artifact.save(run, weights, manifest)
     trainer.strategy.barrier()
     log.info("%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return artifact.locate(run)

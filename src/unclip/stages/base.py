@@ -10,7 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 
 from unclip.config import OnNonfinite, OptimConfig, TrainerConfig
@@ -18,6 +18,7 @@ from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.errors import TrainingError
 from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer, perturbed
+from unclip.stages.sharded import average_scalars, shard
 
 
 @dataclass
@@ -50,7 +51,19 @@ class Stage(pl.LightningModule):
         self._swap = contextlib.ExitStack()
         self.validated_at = -1  # the step of the last validation, and what it found
         self.val_metrics: dict[str, float] = {}
-        self._losses = torch.compile(model.losses) if trainer_cfg.compile else model.losses
+        self.is_sharded = False
+        self.bind()
+
+    def bind(self) -> None:
+        """Take the model's methods as they are now: sharding replaces them."""
+        self._losses = torch.compile(self.model.losses) if self.trainer_cfg.compile else self.model.losses
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self.is_sharded:
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh["data_parallel"], self.trainer_cfg.precision)
+            self.is_sharded = True
+            self.bind()
 
     def configure_optimizers(self) -> AdamWEMA:
         return make_optimizer(self.model, self.optim_cfg)
@@ -73,6 +86,8 @@ class Stage(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         terms = self._gradients(batch)
+        if self.is_sharded:
+            average_scalars(self.model)
         loss = torch.stack(list(terms.values())).sum()
         norm = clip_gradients(list(self.model.parameters()), self.optim_cfg.grad_clip)
         self._unchecked.append((self.global_step, batch.key, loss.detach() + norm))
@@ -161,10 +176,13 @@ class Stage(pl.LightningModule):
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def averages(self) -> dict[str, float]:
-        """Means of the training terms since the last call, without skipped steps; reading them is a host sync."""
-        means = {f"train/{name}": float(total) / self._count for name, total in self._sums.items()}
+        """Means of the training terms since the last call over all ranks, without skipped steps; a host sync."""
+        sums, count = self._sums, self._count
         self._sums, self._count = {}, 0
-        return means
+        if not sums:
+            return {}
+        totals: Any = self.trainer.strategy.reduce(torch.stack(list(sums.values())).float(), reduce_op="mean")
+        return {f"train/{name}": total / count for name, total in zip(sums, totals.tolist(), strict=True)}
 
     # Validation: averaged weights, fixed noise (a sample's position in validation is its index).
 

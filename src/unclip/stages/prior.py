@@ -1,21 +1,19 @@
 """The prior: caption and z_t to z_i; validation compares sampled z_i with the true ones."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unclip.data.batch import Batch
 from unclip.evaluation.metrics import retrieval
 from unclip.stages.base import Row, Stage
+from unclip.stages.ranks import Rows
 
 
 class PriorStage(Stage):
     columns = ("true picture", "nearest to the sampled z_i", "2nd", "3rd", "4th")
 
     def start_validation(self) -> None:
-        self._sampled: list[Tensor] = []
-        self._true: list[Tensor] = []
-        self._captions: list[str] = []
+        self._rows = Rows()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         super().validation_step(batch, batch_idx)
@@ -25,12 +23,11 @@ class PriorStage(Stage):
         self.log("val/cosine_to_true", (sampled * true).sum(1).mean(), batch_size=size, sync_dist=True)
         self.log("val/cosine_to_text", (sampled * text).sum(1).mean(), batch_size=size, sync_dist=True)
         self.log("val/cosine_text_to_true", (text * true).sum(1).mean(), batch_size=size, sync_dist=True)
-        self._sampled.append(sampled.cpu())
-        self._true.append(true.cpu())
-        self._captions += batch.caption
+        self._rows.add(batch.position, batch.caption, true, sampled)
 
     def on_validation_epoch_end(self) -> None:
-        found = retrieval(torch.cat(self._true), torch.cat(self._sampled), self._captions)
+        captions, (true, sampled) = self._rows.of_all_ranks(self.device)
+        found = retrieval(true, sampled, captions)
         self.log_dict({f"val/{name}": value for name, value in found.items() if name.startswith("text_to_image")})
 
     def _sample(self, batch: Batch) -> Tensor:
