@@ -8,7 +8,7 @@ import sys
 
 from hydra import compose, initialize_config_dir
 
-from unclip.cli.train import CONF
+from unclip.cli.train import CONF, forced
 from unclip.config import typed
 from unclip.train import ClipTrainConfig, DecoderTrainConfig, PriorTrainConfig, UpsamplerTrainConfig, train
 
@@ -23,7 +23,7 @@ CONFIGS = {
 def train_all(runs: list[tuple[str, list[str]]]) -> None:
     for stage, overrides in runs:
         with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-            raw = compose(f"train_{stage}", overrides)
+            raw = compose(f"train_{stage}", [forced(override) for override in overrides])
         train(typed(raw, CONFIGS[stage]))
 
 

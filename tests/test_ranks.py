@@ -90,7 +90,9 @@ def assert_same_run(run: Path, one: Path) -> None:
     rows = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (run, one)]
     for ours, theirs in zip(*rows, strict=True):
         for name in theirs.keys() - {"seconds", "train/samples_per_second"}:
-            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), f"{run}: step {theirs['step']}: {name}"
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), (
+                f"{run}: step {theirs['step']}: {name}"
+            )
 
 
 @pytest.mark.parametrize("case", CASES)

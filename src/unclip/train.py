@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 for _name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):  # they raise their own level when imported
     logging.getLogger(_name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+warnings.filterwarnings(
+    "ignore", message="It is recommended to use `self.log"
+)  # those figures are of all ranks already
 
 
 @dataclass
