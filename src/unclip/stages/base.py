@@ -49,6 +49,8 @@ class Stage(pl.LightningModule):
         self._count = 0  # steps in the sums
         self._unchecked: list[tuple[int, list[str], Tensor]] = []  # step, keys, a number that is finite if all is well
         self._swap = contextlib.ExitStack()
+        self._val_sums: dict[str, Tensor] = {}
+        self._val_counts: dict[str, int] = {}
         self.validated_at = -1  # the step of the last validation, and what it found
         self.val_metrics: dict[str, float] = {}
         self.is_sharded = False
@@ -189,6 +191,7 @@ class Stage(pl.LightningModule):
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "fit":
             self._swap.enter_context(self.adamw.ema_weights())
+        self._val_sums, self._val_counts = {}, {}
         self.start_validation()
 
     def on_validation_end(self) -> None:
@@ -203,7 +206,19 @@ class Stage(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for name, value in self.model.losses(batch, self.noise(batch)).items():
-            self.log(f"val/{name}", value.detach().float(), batch_size=len(batch), sync_dist=True)
+            self.add_mean(name, value, len(batch))
+
+    def add_mean(self, name: str, value: Tensor, size: int) -> None:
+        """The mean of a figure over ``size`` samples of validation."""
+        self._val_sums[name] = self._val_sums.get(name, 0) + value.detach().float() * size
+        self._val_counts[name] = self._val_counts.get(name, 0) + size
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the samples of all ranks. Lightning's own divide by a mean count, cut to an integer."""
+        for name, total in self._val_sums.items():
+            both = torch.stack([total, total.new_tensor(self._val_counts[name])])
+            total, count = self.trainer.strategy.reduce(both, reduce_op="sum")
+            self.log(f"val/{name}", total / count)
 
     def sheet(self, batch: Batch) -> list[Row]:
         """Rows to show for a validation batch; called with averaged weights, in eval mode and without gradients."""

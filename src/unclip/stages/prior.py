@@ -19,13 +19,13 @@ class PriorStage(Stage):
         super().validation_step(batch, batch_idx)
         sampled = self._sample(batch)
         true, text = (F.normalize(batch.column(name), dim=1) for name in ("image_emb", "text_emb"))
-        size = len(batch)
-        self.log("val/cosine_to_true", (sampled * true).sum(1).mean(), batch_size=size, sync_dist=True)
-        self.log("val/cosine_to_text", (sampled * text).sum(1).mean(), batch_size=size, sync_dist=True)
-        self.log("val/cosine_text_to_true", (text * true).sum(1).mean(), batch_size=size, sync_dist=True)
+        pairs = {"to_true": (sampled, true), "to_text": (sampled, text), "text_to_true": (text, true)}
+        for name, (a, b) in pairs.items():
+            self.add_mean(f"cosine_{name}", (a * b).sum(1).mean(), len(batch))
         self._rows.add(batch.position, batch.caption, true, sampled)
 
     def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
         captions, (true, sampled) = self._rows.of_all_ranks(self.device)
         found = retrieval(true, sampled, captions)
         self.log_dict({f"val/{name}": value for name, value in found.items() if name.startswith("text_to_image")})
