@@ -31,6 +31,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "upsampler": ("upsampler", ["trainer.accumulate=2"]),
 }
 
+HALF = ["clip-parts", "prior", "decoder", "upsampler"]  # also in bfloat16
+
 
 def runs(strategy: str, ranks: int, cases: list[str], *more: str, folder: str = "") -> list[tuple[str, list[str]]]:
     """One run of each case, in the folder STRATEGY-RANKS/CASE or FOLDER/CASE."""
@@ -67,6 +69,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         planned = runs("fsdp2", 2, resumed, half) + runs("fsdp2", 2, list(CASES)) + runs("ddp", 2, list(CASES))
         planned += runs("fsdp2", 2, resumed, folder="one-then-fsdp2")
         planned += runs("fsdp2", 2, resumed, half, folder="fsdp2-then-one")
+        planned += runs("fsdp2", 2, HALF, "trainer.precision=bf16", folder="bf16")
         on_ranks(2, planned, root)
         train_all(runs("auto", 1, resumed, folder="fsdp2-then-one"))
     return root
@@ -116,6 +119,15 @@ def test_two_ranks_train_and_report_as_one_process_does(strategy: str, case: str
 @pytest.mark.parametrize("way", ["one-then-fsdp2", "fsdp2-then-one"])
 def test_a_run_goes_on_with_another_strategy_and_number_of_ranks(way: str, case: str, root: Path) -> None:
     assert_same_run(root / way / case, root / "auto-1" / case)
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_sharded_blocks_in_bfloat16_learn_as_in_float32(case: str, root: Path) -> None:
+    ours, theirs = (figures(root / folder / case) for folder in ("bf16", "auto-1"))
+    loss = "val/contrastive" if case == "clip-parts" else "val/mse"
+    for step in (1, STEPS - 1):
+        assert ours[step, loss] == pytest.approx(theirs[step, loss], rel=0.01)
+        assert ours[step, loss] != theirs[step, loss], "nothing was computed in bfloat16"
 
 
 @pytest.mark.slow
