@@ -118,4 +118,18 @@ def test_a_misspelt_key_is_named_before_the_one_it_leaves_unset():
 
 def test_sam_is_refused_where_gradients_are_sharded():
     with pytest.raises(ConfigError, match=r"take trainer\.strategy=ddp, or optim\.sam_rho=0"):
-        composed("train_clip", ["run=r", "data.path=d", "optim.sam_rho=0.1", "trainer.strategy=fsdp"])
+        composed("train_clip", ["run=r", "data.path=d", "optim.sam_rho=0.1", "trainer.strategy=fsdp2"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["trainer.strategy=fsdp"], "take fsdp2, which replaces fsdp"),
+        (["trainer.strategy=deepspeed"], "not one of auto, ddp, fsdp2"),
+        (["trainer.strategy=fsdp2", "trainer.compile=true"], "leave one of them out"),
+        (["trainer.strategy=fsdp2", "model.lora_rank=2"], r"take trainer\.strategy=ddp"),
+    ],
+)
+def test_what_sharding_does_not_go_with_is_refused(given: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        composed("train_clip", ["run=r", "data.path=d", *given])

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,8 +62,11 @@ class HasStatistics(Protocol):
     def load_statistics(self, statistics: dict[str, Tensor]) -> None: ...
 
 
-def save(run: Path, model: nn.Module, manifest: Manifest) -> Path:
-    """Write ``model`` as ``run/artifact-STEP/`` and point ``run/artifact`` at it; both appear complete or not at all."""
+def save(run: Path, model: nn.Module | Mapping[str, Tensor], manifest: Manifest) -> Path:
+    """Write ``model`` (or its state) as ``run/artifact-STEP/`` and point ``run/artifact`` at it.
+
+    Both appear complete or not at all.
+    """
     final = _unused(run / f"artifact-{manifest.step:08d}")
     draft = final.with_name(final.name + ".tmp")
     shutil.rmtree(draft, ignore_errors=True)
@@ -88,8 +92,9 @@ def _unused(folder: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def _write(draft: Path, model: nn.Module, manifest: Manifest) -> None:
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+def _write(draft: Path, model: nn.Module | Mapping[str, Tensor], manifest: Manifest) -> None:
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     try:
         save_file(weights, draft / WEIGHTS)
     except SafetensorError as error:  # a full disk, for instance

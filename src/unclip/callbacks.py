@@ -109,8 +109,9 @@ class SampleSheet(pl.Callback):
         if trainer.global_step % pl_module.trainer_cfg.sample_every == 0:
             self.draw(trainer, pl_module)
 
-    @rank_zero_only
-    def draw(self, trainer: pl.Trainer, stage: Stage) -> Path:
+    def draw(self, trainer: pl.Trainer, stage: Stage) -> None:
+        if not (trainer.is_global_zero or stage.is_sharded):  # of a sharded model, all ranks gather the weights
+            return
         data: UnclipData = trainer.datamodule  # type: ignore[attr-defined]
         batch = data.sheet_batch(stage.trainer_cfg.num_samples).to(stage.device)
         optimizer: Any = trainer.optimizers[0]
@@ -119,6 +120,8 @@ class SampleSheet(pl.Callback):
             rows = stage.sheet(batch)
         stage.train()
         table = [(row.caption, [p.permute(1, 2, 0).numpy() for p in row.pictures]) for row in rows]
+        if not trainer.is_global_zero:
+            return
         picture = draw_table(table, stage.columns)
         path = self.folder / f"step-{trainer.global_step:08d}.png"
         save_picture(picture, path)
@@ -127,7 +130,6 @@ class SampleSheet(pl.Callback):
                 logger.log_image("sheet", [picture], step=trainer.global_step)
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("sheet", np.asarray(picture), trainer.global_step, dataformats="HWC")
-        return path
 
 
 class Checkpoint(pl.Callback):

@@ -88,6 +88,7 @@ class TrainerConfig:
     after another to save memory, with the same result (CLIP encodes twice for that). A run ends at ``max_steps`` or after
     ``max_minutes`` of training, whichever comes first; the learning-rate decay follows the nearer of the two ends.
     A run limited by time is not reproducible to the bit, since the number of its steps depends on the machine.
+    ``strategy`` auto is ddp where there are several devices; fsdp2 shards weights, gradients, moments and averages over them.
     ``on_nonfinite`` stop looks every ``log_every`` steps and before each checkpoint; skip looks at every step, for which
     a GPU has to wait. Either writes the batch's keys to ``nonfinite.jsonl``.
     """
@@ -113,6 +114,13 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         if self.max_steps < 1:
             raise ConfigError(f"trainer.max_steps={self.max_steps} must be at least 1")
+        if self.strategy not in ("auto", "ddp", "fsdp2"):
+            raise ConfigError(
+                f"trainer.strategy={self.strategy} is not one of auto, ddp, fsdp2. To shard a model over its ranks take fsdp2, "
+                "which replaces fsdp"
+            )
+        if self.strategy == "fsdp2" and self.compile:
+            raise ConfigError("trainer.compile with trainer.strategy=fsdp2 is untested: leave one of them out")
         if self.accumulate < 1:
             raise ConfigError(
                 f"trainer.accumulate={self.accumulate} must be at least 1, the number of parts of a batch"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from unclip.config import Decay, OptimConfig
 from unclip.errors import ConfigError
@@ -35,7 +36,7 @@ class AdamWEMA(torch.optim.AdamW):
             weights = [p for p in group["params"] if p.grad is not None]
             if self.ema_decay and weights:
                 decay = min(self.ema_decay, (1 + n) / (10 + n))
-                torch._foreach_lerp_(self._averages(weights), weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+                torch._foreach_lerp_(_local(self._averages(weights)), _local(weights), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
         return result
 
     def _averages(self, weights: list[Tensor]) -> list[Tensor]:
@@ -84,15 +85,15 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> AdamWEMA:
     """AdamW over the trainable weights; weight decay applies to matrices and convolutions, not to biases, norms and tables.
 
     Tables are embeddings: a row that no caption used would otherwise decay to nothing. Each group's ``lr_scale`` is what
-    ``optim.layer_decay`` makes of its layers.
+    ``optim.layer_decay`` makes of its layers. Scalars have groups of their own: FSDP2 cannot shard them.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     scales = _learning_rate_scales(model, cfg.layer_decay)
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             decays = p.ndim >= 2 and id(p) not in tables
-            groups.setdefault((scales.get(name, 1.0), not decays), []).append(p)
+            groups.setdefault((scales.get(name, 1.0), not decays, p.ndim == 0), []).append(p)
     if not groups:
         raise ConfigError("nothing is left to train: all weights are frozen")
     return AdamWEMA(
@@ -150,7 +151,23 @@ def learning_rate(cfg: OptimConfig, step: int, progress: float) -> float:
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Scale the gradients so that their global L2 norm is at most ``limit`` (0: leave them); returns the norm before."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = _norm(gradients)
     if limit:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        torch._foreach_mul_(_local(gradients), (limit / (norm + 1e-6)).clamp(max=1.0))  # pyright: ignore[reportPrivateImportUsage]
     return norm
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """The L2 norm over all of ``tensors``; of sharded ones over all ranks' shares."""
+    shares = [t for t in tensors if isinstance(t, DTensor)]
+    if not shares:
+        return torch.nn.utils.get_total_norm(tensors)
+    sharded = torch.nn.utils.get_total_norm(shares)
+    assert isinstance(sharded, DTensor)
+    whole = torch.nn.utils.get_total_norm([t for t in tensors if not isinstance(t, DTensor)])
+    return torch.hypot(sharded.full_tensor(), whole.to(sharded.device))
+
+
+def _local(tensors: list[Tensor]) -> list[Tensor]:
+    """This rank's shares, as plain tensors."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]

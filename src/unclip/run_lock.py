@@ -24,9 +24,9 @@ class RunLock:
         self._file = None
 
     def __enter__(self) -> "RunLock":
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # torchrun's other ranks may come before rank zero
         if any(os.environ.get(name, "") not in ("", "0") for name in RANKS):
             return self
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         file = self.path.open("a+")
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

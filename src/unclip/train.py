@@ -25,12 +25,16 @@ from unclip.stages.base import Stage
 from unclip.stages.clip import ClipStage
 from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
+from unclip.stages.sharded import Sharded, gathered
 from unclip.stages.upsampler import UpsamplerStage
 
 log = logging.getLogger(__name__)
 for _name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):  # they raise their own level when imported
     logging.getLogger(_name).setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*isinstance\\(treespec, LeafSpec\\)")
+warnings.filterwarnings(
+    "ignore", message="It is recommended to use `self.log"
+)  # those figures are of all ranks already
 
 
 @dataclass
@@ -45,9 +49,9 @@ class TrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:
-        if self.optim.sam_rho and "fsdp" in self.trainer.strategy:
+        if self.optim.sam_rho and self.trainer.strategy == "fsdp2":
             raise ConfigError(
-                f"optim.sam_rho with trainer.strategy={self.trainer.strategy}: each rank climbs by its own whole gradient, "
+                "optim.sam_rho with trainer.strategy=fsdp2: each rank climbs by its own whole gradient, "
                 "which sharded training never has; take trainer.strategy=ddp, or optim.sam_rho=0"
             )
 
@@ -55,6 +59,14 @@ class TrainConfig:
 @dataclass
 class ClipTrainConfig(TrainConfig):
     model: CLIPConfig = field(default_factory=CLIPConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model.lora_rank and self.trainer.strategy == "fsdp2":
+            raise ConfigError(
+                "model.lora_rank with trainer.strategy=fsdp2: adapters compute their layers' weights anew in each pass, which "
+                "sharded layers do not allow; take trainer.strategy=ddp"
+            )
 
 
 @dataclass
@@ -142,7 +154,7 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
         accelerator=cfg.trainer.accelerator,
         devices=cfg.trainer.devices if trains else 1,
         num_nodes=cfg.trainer.num_nodes if trains else 1,
-        strategy=cfg.trainer.strategy if trains else "auto",
+        strategy=_strategy(cfg.trainer) if trains else "auto",
         precision="bf16-mixed" if cfg.trainer.precision is Precision.bf16 else "32-true",
         max_steps=cfg.trainer.max_steps if trains else 0,
         max_epochs=-1,
@@ -158,6 +170,10 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
         use_distributed_sampler=False,
         inference_mode=False,
     )
+
+
+def _strategy(cfg: TrainerConfig) -> str | Sharded:
+    return Sharded(cfg.devices * cfg.num_nodes) if cfg.strategy == "fsdp2" else cfg.strategy
 
 
 def _loggers(cfg: TrainConfig, run: Path, start: int) -> list[Logger]:
@@ -201,8 +217,9 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
             data=data.fingerprint,
             settings=to_plain(cfg),
         )
+        weights = gathered(stage.model.state_dict())
         if trainer.is_global_zero:
-            artifact.save(run, stage.model, manifest)
+            artifact.save(run, weights, manifest)
     trainer.strategy.barrier()
     log.info("%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return artifact.locate(run)

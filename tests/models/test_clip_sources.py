@@ -101,3 +101,45 @@ def test_weights_of_another_shape_or_name_are_refused(folder: Path) -> None:
     save_file({k: v.contiguous() for k, v in model.items()}, folder / "open_clip_model.safetensors")
     with pytest.raises(ArtifactError, match=r"does not hold the weights"):
         imported(f"local-dir:{folder}")
+
+
+@pytest.fixture
+def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A small model of open_clip's registry, with plain GELU as its ViT-B-32."""
+    from open_clip import factory
+
+    monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", [*factory._MODEL_CONFIG_PATHS])
+    monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
+    (tmp_path / "tiny-test.json").write_text(json.dumps({k: v for k, v in MODEL.items() if k != "quick_gelu"}))
+    open_clip.add_model_config(tmp_path / "tiny-test.json")
+    return "tiny-test"
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+@pytest.mark.parametrize("quick", [None, True])
+@torch.no_grad()
+def test_a_registry_model_with_a_local_file_is_open_clips_own(
+    registered: str, tmp_path: Path, kind: str, quick: bool | None
+) -> None:
+    wanted = open_clip.create_model(registered, force_quick_gelu=bool(quick)).eval()
+    state = {name: value.contiguous() for name, value in wanted.state_dict().items()}
+    path = tmp_path / f"weights.{kind}"
+    torch.save(state, path) if kind == "pt" else save_file(state, path)
+    clip = CLIP(CLIPConfig(name=registered, pretrained=str(path), quick_gelu=quick)).eval()
+    clip.fit()
+    image = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    pixels = (image / 255 - clip.mean) / clip.std
+    assert_close(clip.encode_image(image), wanted.encode_image(pixels), atol=1e-5, rtol=1e-4)
+    tokens = open_clip.get_tokenizer(registered)(["a red cube", "two"])
+    assert torch.equal(clip.tokenize(["a red cube", "two"]), tokens)
+    assert_close(clip.encode_text(tokens)[0], wanted.encode_text(tokens), atol=1e-5, rtol=1e-4)
+    other = open_clip.create_model(registered, force_quick_gelu=not quick).eval()
+    other.load_state_dict(wanted.state_dict())
+    assert (other.encode_image(pixels) - wanted.encode_image(pixels)).abs().max() > 1e-4  # the activation matters
+
+
+def test_a_registry_model_without_weights_is_open_clips_own_architecture(registered: str) -> None:
+    clip = CLIP(CLIPConfig(name=registered))
+    shapes = {name: value.shape for name, value in clip.model.state_dict().items()}
+    assert shapes == {name: value.shape for name, value in open_clip.create_model(registered).state_dict().items()}
+    assert clip.mean.flatten().tolist() == pytest.approx([0.48145466, 0.4578275, 0.40821073])

@@ -160,6 +160,20 @@ def test_lower_layers_learn_slower() -> None:
         make_optimizer(torch.nn.Linear(2, 2), OptimConfig(layer_decay=0.5))
 
 
+def test_adapters_learn_at_the_rate_of_their_layer() -> None:
+    pytest.importorskip("peft")
+    clip = CLIP(CLIPConfig(**(SMALL | {"vision_layers": 2}), lora_rank=2))  # type: ignore[arg-type]
+    optimizer = make_optimizer(clip, OptimConfig(layer_decay=0.5))
+    scale = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name.removeprefix("model."): scale[id(p)] for name, p in clip.named_parameters() if p.requires_grad}
+    assert found.pop("logit_scale") == 1
+    blocks = {"visual.transformer.resblocks.1.": 0.5, "visual.transformer.resblocks.0.": 0.25}
+    blocks["transformer.resblocks.0."] = 0.5
+    wanted = {name: rate for name in found for start, rate in blocks.items() if name.startswith(start)}
+    assert found == wanted
+    assert len(set(wanted.values())) == 2
+
+
 def test_checkpointed_gradients_are_the_same() -> None:
     plain = make_clip()
     wanted = gradients(plain, 1)[1]

@@ -73,6 +73,11 @@ class Batch:
             self, **{f.name: value[rows] for f in fields(self) if (value := self.__dict__[f.name]) is not None}
         )
 
+    def picked(self, rows: list[int]) -> "Batch":
+        """The batch of these rows, in this order."""
+        columns = {f.name: value for f in fields(self) if (value := self.__dict__[f.name]) is not None and len(value)}
+        return Batch(**{k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in columns.items()})
+
     def column(self, name: str) -> Tensor:
         """The column ``name``, which must be there; ValueError if the stage did not ask the data for it."""
         value = self.__dict__[name]

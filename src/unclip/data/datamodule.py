@@ -303,7 +303,7 @@ class UnclipData(pl.LightningDataModule):
             raise DataError(f"{split.shards.split_dir} has {total} samples for {self.world_size} ranks")
         samples = np.arange(total, dtype=np.int64) * len(split.shards) // total
         largest = -(-total // self.world_size)
-        num_batches = -(-largest // max(1, self.batch_size // self.world_size))
+        num_batches = min(-(-largest // max(1, self.batch_size // self.world_size)), total // self.world_size)
         mine = np.array_split(np.array_split(samples, self.world_size)[self.rank], num_batches)
         return self._loader(Batches(partial(_val_batch, split, mine), 0, num_batches))
 

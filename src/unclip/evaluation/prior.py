@@ -17,6 +17,7 @@ from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.diffusion.noise import Noise
 from unclip.errors import ArtifactError, ConfigError
 from unclip.evaluation.metrics import retrieval
+from unclip.evaluation.rows import Rows
 
 
 @runtime_checkable
@@ -42,26 +43,6 @@ class Diversity:
             )
 
 
-@dataclass
-class Rows:
-    """What a validation gathers: captions, and columns (n, ...) whose rows stand in the order of the samples.
-
-    All columns have a row a sample, but those of the diversity, which have fewer. To join the shares of several ranks,
-    concatenate captions and each column.
-    """
-
-    captions: list[str] = field(default_factory=list)
-    parts: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def add(self, columns: dict[str, Tensor]) -> None:
-        for name, value in columns.items():
-            self.parts.setdefault(name, []).append(value.detach().float().cpu())
-
-    @property
-    def columns(self) -> dict[str, Tensor]:
-        return {name: torch.cat(parts) for name, parts in self.parts.items()}
-
-
 class PriorEvaluation:
     """Looks at a prior batch by batch and sums up.
 
@@ -80,16 +61,20 @@ class PriorEvaluation:
     @torch.no_grad()
     def add(self, batch: Batch) -> None:
         """Everything about a batch, which needs its image_emb and text_emb."""
-        seen = len(self.rows.captions)
-        some = slice(-seen % self.diversity.every, None, self.diversity.every)
         true, text = (F.normalize(batch.column(name).float(), dim=1) for name in ("image_emb", "text_emb"))
-        self.rows.add({"sampled": self._sample(batch), "true": true, "text": text})
-        if some.start < len(batch):
-            self.rows.add(self._spread(batch.rows(some), true[some]))
-        self.rows.captions += batch.caption
+        self.rows.add(batch.position, {"sampled": self._sample(batch), "true": true, "text": text})
+        self.rows.add_captions(batch.position, batch.caption)
+        self._add_spread(batch, true)
         self.add_losses(batch)
         if isinstance(self.model, Measured):
             self._add_means(batch, self.model.measures(batch, self.noise(batch)))
+
+    def _add_spread(self, batch: Batch, true: Tensor) -> None:
+        """Of the samples whose position is a multiple of ``every``. Ranks that share a sharded model must call it alike,
+        so a batch without any draws for its first sample and drops the result."""
+        some = [i for i, position in enumerate(batch.position) if position % self.diversity.every == 0]
+        found = self._spread(batch.picked(some or [0]), true[some or [0]])
+        self.rows.add([batch.position[i] for i in some], {name: value[: len(some)] for name, value in found.items()})
 
     @torch.no_grad()
     def add_losses(self, batch: Batch, prefix: str = "") -> None:
@@ -97,11 +82,12 @@ class PriorEvaluation:
         self._add_means(batch, self.model.losses(batch, self.noise(batch)), prefix)
 
     def _add_means(self, batch: Batch, found: dict[str, Tensor], prefix: str = "") -> None:
-        self.rows.add({prefix + name: value.expand(len(batch)) for name, value in found.items()})
+        rows = {prefix + name: value.expand(len(batch)) for name, value in found.items()}
+        self.rows.add(batch.position, rows)
 
-    def summary(self) -> dict[str, float]:
-        """Means over the samples gathered so far, by name; docs/prior.md says what they mean."""
-        return summary(self.rows)
+    def summary(self, device: torch.device | str = "cpu") -> dict[str, float]:
+        """Means over the samples of all ranks, by name; docs/prior.md says what they mean. Every rank must call it."""
+        return summary(self.rows.of_all_ranks(device))
 
     def _sample(self, batch: Batch, copies: int = 1) -> Tensor:
         """Unit-norm z_i (B·copies, D), a sample's copies side by side."""
@@ -119,19 +105,19 @@ class PriorEvaluation:
         return {"diversity": 1 - among, "spread_about_true": 1 - (drawn * true[:, None]).sum(-1).mean(1)}
 
 
-def summary(rows: Rows) -> dict[str, float]:
-    """The measures of all ranks' rows together."""
-    columns = rows.columns
+def summary(columns: dict[str, Tensor]) -> dict[str, float]:
+    """The measures of the columns that a :class:`PriorEvaluation` gathered; they are used up."""
+    captions = columns.pop("caption").tolist()
     sampled, true, text = (columns.pop(name) for name in ("sampled", "true", "text"))
     to_text, baseline = _cosine(sampled, text), _cosine(text, true)
     found = {"cosine_to_true": _cosine(sampled, true), "cosine_to_text": to_text, "cosine_text_to_true": baseline}
     found["cosine_difference"] = to_text - baseline
-    other = unrelated(rows.captions)
+    other = unrelated(captions)
     if other is not None:
         found["cosine_to_unrelated"] = _cosine(sampled, true[other])
         found["cosine_true_to_unrelated"] = _cosine(true, true[other])
     for name, queries in (("recall", sampled), ("recall_by_text", text)):
-        scores = retrieval(true, queries, rows.captions)
+        scores = retrieval(true, queries, captions)
         found |= {f"{name}_{k}": scores[f"text_to_image_recall_{k}"] for k in (1, 5, 10)}
     found |= {name: value.double().mean().item() for name, value in columns.items()}
     # The truth and a sample from its exact distribution can be exchanged, so the two distances are then equal.
@@ -195,9 +181,11 @@ def evaluate_prior(cfg: PriorEvaluateConfig) -> dict[str, Any]:
         )
     evaluation = PriorEvaluation(model, lambda batch: Noise.at(cfg.seed, batch.position, device), how, cfg.diversity)
     batches: Any = data.val_dataloader()
+    count = 0
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision is Precision.bf16):
         for batch in track(batches, f"evaluating {cfg.prior}", batches.dataset.stop, transient=True):
             evaluation.add(data.on_after_batch_transfer(batch.to(device), 0))
+            count += len(batch)
     return {
         "kind": "prior",
         "model": manifest.model,
@@ -206,7 +194,7 @@ def evaluate_prior(cfg: PriorEvaluateConfig) -> dict[str, Any]:
         "step": manifest.step,
         "data": data.fingerprint,
         "split": cfg.data.val_split,
-        "samples": len(evaluation.rows.captions),
+        "samples": count,
         "seed": cfg.seed,
         "sampling": to_plain(how),
         "measures": evaluation.summary(),

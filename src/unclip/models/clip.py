@@ -16,7 +16,7 @@ from unclip.diffusion.noise import Noise
 from unclip.errors import ArtifactError, ConfigError
 from unclip.models.clip_lora import add_lora, merge_lora
 from unclip.models.clip_sources import Architecture, foreign_description, is_foreign, load_weights, named_architecture
-from unclip.models.contrastive import Contrast, contrastive_loss, sigmoid_loss
+from unclip.models.contrastive import Contrast, contrastive_loss, of_all_ranks, sigmoid_loss
 from unclip.models.interface import Interface, ModelConfig
 
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
@@ -185,7 +185,7 @@ class CLIP(nn.Module):
 
     def losses(self, batch: Batch, noise: Noise | None = None) -> dict[str, Tensor]:
         """The contrastive loss over the global batch; CLIP draws no noise."""
-        return self.contrast(*self.features(batch))
+        return self.contrast(*of_all_ranks(*self.features(batch)))
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit z_i and z_t (B, D), float32."""

@@ -101,6 +101,10 @@ class TransformerBlock(nn.Module):
         x = x[:, looking] + update
         return x + self.ff(self.norm3(x)), own
 
+    def keys_values(self, x: Tensor) -> KeyValue:
+        """What ``forward`` would return beside the new x."""
+        return self.attn1.keys_values(self.norm1(x))
+
 
 class TransformerBlocks(nn.ModuleList):
     """A stack of blocks, initialised as GLIDE's: weights N(0, 0.25² / width), biases zero."""
@@ -136,7 +140,7 @@ class TransformerBlocks(nn.ModuleList):
             x, own = self._block(block, x, mask, past[index] if past is not None else None)
             collected.append(own)
         assert isinstance(last, TransformerBlock)
-        return [*collected, last.attn1.keys_values(last.norm1(x))]
+        return [*collected, last.keys_values(x)]
 
     def _block(
         self, block: nn.Module, x: Tensor, mask: Tensor | None, past: KeyValue | None, looking: slice = ALL

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import ParallelStrategy
+from pytorch_lightning.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 
 from unclip.config import OnNonfinite, OptimConfig, TrainerConfig
@@ -19,6 +19,7 @@ from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.errors import TrainingError
 from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer, no_optimizer, perturbed
+from unclip.stages.sharded import average_scalars, shard
 
 
 @dataclass
@@ -51,9 +52,23 @@ class Stage(pl.LightningModule):
             tuple[int, Sequence[str], Tensor]
         ] = []  # step, keys, a number that is finite if all is well
         self._swap = contextlib.ExitStack()
+        self._val_sums: dict[str, Tensor] = {}
+        self._val_counts: dict[str, int] = {}
         self.validated_at = -1  # the step of the last validation, and what it found
         self.val_metrics: dict[str, float] = {}
-        self._losses = torch.compile(model.losses) if trainer_cfg.compile else model.losses
+        self.is_sharded = False
+        self.bind()
+
+    def bind(self) -> None:
+        """Take the model's methods as they are now: sharding replaces them."""
+        self._losses = torch.compile(self.model.losses) if self.trainer_cfg.compile else self.model.losses
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self.is_sharded:
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh["data_parallel"], self.trainer_cfg.precision)
+            self.is_sharded = True
+            self.bind()
 
     def configure_optimizers(self) -> AdamWEMA:
         return make_optimizer(self.model, self.optim_cfg) if self.model.cfg.trains else no_optimizer(self.optim_cfg)
@@ -76,6 +91,8 @@ class Stage(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         terms = self._gradients(batch)
+        if self.is_sharded:
+            average_scalars(self.model)
         loss = torch.stack(list(terms.values())).sum()
         norm = clip_gradients(list(self.model.parameters()), self.optim_cfg.grad_clip)
         self._unchecked.append((self.global_step, batch.key, loss.detach() + norm))
@@ -164,16 +181,20 @@ class Stage(pl.LightningModule):
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def averages(self) -> dict[str, float]:
-        """Means of the training terms since the last call, without skipped steps; reading them is a host sync."""
-        means = {f"train/{name}": float(total) / self._count for name, total in self._sums.items()}
+        """Means of the training terms since the last call over all ranks, without skipped steps; a host sync."""
+        sums, count = self._sums, self._count
         self._sums, self._count = {}, 0
-        return means
+        if not sums:
+            return {}
+        totals: Any = self.trainer.strategy.reduce(torch.stack(list(sums.values())).float(), reduce_op="mean")
+        return {f"train/{name}": total / count for name, total in zip(sums, totals.tolist(), strict=True)}
 
     # Validation: averaged weights, fixed noise (a sample's position in validation is its index).
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "fit":
             self._swap.enter_context(self.adamw.ema_weights())
+        self._val_sums, self._val_counts = {}, {}
         self.start_validation()
 
     def on_validation_end(self) -> None:
@@ -188,7 +209,19 @@ class Stage(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for name, value in self.model.losses(batch, self.noise(batch)).items():
-            self.log(f"val/{name}", value.detach().float(), batch_size=len(batch), sync_dist=True)
+            self.add_mean(name, value, len(batch))
+
+    def add_mean(self, name: str, value: Tensor, size: int) -> None:
+        """The mean of a figure over ``size`` samples of validation."""
+        self._val_sums[name] = self._val_sums.get(name, 0) + value.detach().float() * size
+        self._val_counts[name] = self._val_counts.get(name, 0) + size
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the samples of all ranks. Lightning's own divide by a mean count, cut to an integer."""
+        for name, total in self._val_sums.items():
+            both = torch.stack([total, total.new_tensor(self._val_counts[name])])
+            total, count = self.trainer.strategy.reduce(both, reduce_op="sum")
+            self.log(f"val/{name}", total / count)
 
     def sheet(self, batch: Batch) -> list[Row]:
         """Rows to show for a validation batch; called with averaged weights, in eval mode and without gradients."""

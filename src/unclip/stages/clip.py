@@ -1,22 +1,21 @@
 """CLIP: contrastive training; validation by retrieval both ways and by the rank of z_i, which the paper's SAM lowers."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from unclip.config import OptimConfig, TrainerConfig
 from unclip.data.batch import Batch
 from unclip.evaluation.metrics import effective_rank, num_components, retrieval, spectrum
+from unclip.evaluation.rows import Rows
+from unclip.models.contrastive import of_all_ranks
 from unclip.stages.base import Row, Stage
 
 
 class ClipStage(Stage):
     columns = ("caption's picture", "1st found", "2nd", "3rd", "4th")
 
-    def __init__(self, model: Any, trainer_cfg: TrainerConfig, optim_cfg: OptimConfig, seed: int) -> None:
-        super().__init__(model, trainer_cfg, optim_cfg, seed)
-        self._encode = torch.compile(model.features) if trainer_cfg.compile else model.features
+    def bind(self) -> None:
+        super().bind()
+        self._encode = torch.compile(self.model.features) if self.trainer_cfg.compile else self.model.features
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """In parts, with the loss of the whole batch: its gradient on each embedding is passed on part by part.
@@ -32,7 +31,7 @@ class ClipStage(Stage):
         torch.clear_autocast_cache()  # it holds casts of the weights without their gradients
         embeddings = [torch.cat(column).requires_grad_() for column in zip(*cached, strict=True)]
         scalars = [p for p in self.model.logit_parameters() if p.requires_grad]
-        terms = self.model.contrast(*embeddings)
+        terms = self.model.contrast(*of_all_ranks(*embeddings))
         gradients = torch.autograd.grad(terms["contrastive"], [*embeddings, *scalars])
         offset = 0
         for i, part in enumerate(parts):
@@ -51,22 +50,29 @@ class ClipStage(Stage):
         return self._encode(part)
 
     def start_validation(self) -> None:
-        self._image_emb: list[Tensor] = []
-        self._text_emb: list[Tensor] = []
-        self._captions: list[str] = []
+        self._rows = Rows()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        super().validation_step(batch, batch_idx)
-        self._image_emb.append(self.model.encode_image(batch.image).float().cpu())
-        self._text_emb.append(self.model.encode_text(batch.tokens)[0].float().cpu())
-        self._captions += batch.caption
+        image_emb, text_emb = self.model.features(batch)
+        self._rows.add(batch.position, {"image_emb": image_emb, "text_emb": text_emb})
+        self._rows.add_captions(batch.position, batch.caption)
 
     def on_validation_epoch_end(self) -> None:
-        image_emb, text_emb = torch.cat(self._image_emb), torch.cat(self._text_emb)
-        found = retrieval(image_emb, text_emb, self._captions)
-        variances = spectrum(torch.nn.functional.normalize(image_emb, dim=1))
+        columns = self._rows.of_all_ranks(self.device)
+        image_emb, text_emb = columns["image_emb"], columns["text_emb"]
+        found = retrieval(image_emb, text_emb, columns["caption"].tolist()) | self._validation_loss(image_emb, text_emb)
+        variances = spectrum(image_emb)
         found |= {"effective_rank": effective_rank(variances), "components_for_99": float(num_components(variances))}
         self.log_dict({f"val/{name}": value for name, value in found.items()})
+
+    def _validation_loss(self, image_emb: Tensor, text_emb: Tensor) -> dict[str, float]:
+        """The mean over batches of about ``trainer.batch_size`` pairs, weighted by their sizes."""
+        pieces = -(-len(image_emb) // self.trainer_cfg.batch_size)
+        sums: dict[str, float] = {}
+        for pair in zip(image_emb.tensor_split(pieces), text_emb.tensor_split(pieces), strict=True):
+            terms = self.model.contrast(*(rows.to(self.device) for rows in pair))
+            sums = {name: sums.get(name, 0.0) + float(value) * len(pair[0]) for name, value in terms.items()}
+        return {name: value / len(image_emb) for name, value in sums.items()}
 
     def sheet(self, batch: Batch) -> list[Row]:
         image_emb = self.model.encode_image(batch.image).float()

@@ -29,8 +29,8 @@ class PriorStage(Stage):
                 self._evaluation.add_losses(batch, prefix="online/")
 
     def on_validation_epoch_end(self) -> None:
-        found = self._evaluation.summary()
-        self.log_dict({f"val/{name}": value for name, value in found.items()}, sync_dist=True)
+        found = self._evaluation.summary(self.device)
+        self.log_dict({f"val/{name}": value for name, value in found.items()})
 
     def _sample(self, batch: Batch) -> Tensor:
         drawn = self.model.sample(self.model.cond(batch), self.model.default_sampling(), self.noise(batch))

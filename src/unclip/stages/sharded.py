@@ -1,0 +1,143 @@
+"""``trainer.strategy=fsdp2``: each rank holds a share of weights, gradients, moments and averages; blocks are gathered for use.
+
+Checkpoints and artifacts are the same whole files as those of other strategies, gathered on rank 0 tensor by tensor: a run may
+go on with another number of ranks, or with another strategy.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from pytorch_lightning.core.optimizer import LightningOptimizer
+from pytorch_lightning.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from unclip.config import Precision
+from unclip.errors import ConfigError
+from unclip.nets.transformer import TransformerBlock
+from unclip.nets.unet import ContextAttention, ResnetBlock
+
+# What a stage calls of its model, and of a block beside forward: there the weights must be whole.
+MODEL_METHODS = ("losses", "features", "encode_image", "encode_text", "sample", "measures")
+BLOCK_METHODS = ("keys_values", "context_keys_values")
+
+
+def shard(model: nn.Module, mesh: DeviceMesh, precision: Precision) -> None:
+    """Shard ``model`` over ``mesh`` in place: one unit for each block, one for all other weights.
+
+    With bf16, blocks are gathered and computed in bfloat16 and their gradients summed in float32; the other unit stays in
+    float32 (under autocast). Scalars (CLIP's temperature) stay whole on each rank, see :func:`average_scalars`.
+    Raises :class:`ConfigError` for batch norms, whose statistics would differ from rank to rank.
+    """
+    from open_clip.transformer import ResidualAttentionBlock
+
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise ConfigError("trainer.strategy=fsdp2 with batch norms (CLIP's RN models): take trainer.strategy=ddp")
+    policy = MixedPrecisionPolicy()
+    if precision is Precision.bf16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for module in list(model.modules()):
+        if isinstance(module, (TransformerBlock, ResnetBlock, ContextAttention, ResidualAttentionBlock)):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+            for name in BLOCK_METHODS:
+                if hasattr(module, name):
+                    register_fsdp_forward_method(module, name)
+    scalars = {p for p in model.parameters() if p.ndim == 0}
+    # resharded after each forward: gathered weights that outlive it would hide that the averaged ones are swapped in
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=scalars)
+    _through_forward(model)
+
+
+def _through_forward(model: nn.Module) -> None:
+    """Let MODEL_METHODS run inside of ``forward``, where FSDP2 gathers the weights; one that calls another enters once."""
+    inside = False
+
+    def forward(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal inside
+        inside = True
+        try:
+            return method(*args, **kwargs)
+        finally:
+            inside = False
+
+    def entering(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def entered(*args: Any, **kwargs: Any) -> Any:
+            return method(*args, **kwargs) if inside else model(method, args, kwargs)
+
+        return entered
+
+    model.forward = forward
+    for name in MODEL_METHODS:
+        if hasattr(model, name):
+            setattr(model, name, entering(getattr(model, name)))
+
+
+def average_scalars(model: nn.Module) -> None:
+    """Average the gradients of what is not sharded over the ranks, as FSDP2 does those of the rest."""
+    for p in model.parameters():
+        if p.grad is not None and not isinstance(p, DTensor):
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
+def gathered(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    """On rank 0 ``values`` with whole tensors on the CPU, gathered one by one; {} on the other ranks, which call it too."""
+    found: dict[Any, Any] = {}
+    for name, value in values.items():
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            found[name] = whole.detach().cpu() if isinstance(whole, Tensor) else whole
+    return found
+
+
+class Sharded(ModelParallelStrategy):
+    """FSDP2 over all ranks. Lightning's own would take the devices of a node for tensor parallelism.
+
+    It saves and loads the files of the other strategies: Lightning numbers the optimiser's state by the order of the
+    model's weights, torch by that of the parameter groups, and a file read the other way would mix up the moments.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__(data_parallel_size=num_ranks, tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self.model is not None
+        return gathered(self.model.state_dict())
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        whole = optimizer.state_dict()
+        state = {number: gathered(values) for number, values in sorted(whole["state"].items())}
+        return {"state": state, "param_groups": whole["param_groups"]}
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Each rank reads its share of the file (mapped into memory) into model and optimisers; returns the rest."""
+        path = Path(self.broadcast(checkpoint_path))
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        assert self.model is not None
+        own = self.model.state_dict()
+        weights = checkpoint.pop("state_dict")
+        self.model.load_state_dict({name: _share(value, own.get(name)) for name, value in weights.items()}, strict=True)
+        for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            state = {
+                number: {name: _share(value, weights[number]) for name, value in values.items()}
+                for number, values in saved["state"].items()
+            }
+            optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+        return checkpoint
+
+
+def _share(whole: Any, like: Any) -> Any:
+    """This rank's share of a tensor that belongs to the weight ``like``, laid out as that is; anything else as it is."""
+    if not isinstance(like, DTensor) or not isinstance(whole, Tensor) or whole.shape != like.shape:
+        return whole
+    mine = distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return mine.clone()

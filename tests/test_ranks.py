@@ -1,0 +1,139 @@
+"""Several gloo ranks against one process on the same global batches: weights, figures of validation, checkpoints, artifacts."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import train_all
+from safetensors.torch import load_file
+from tests_support import TINY, environment, run_command
+from torch.testing import assert_close
+
+from unclip import artifact
+
+pytestmark = pytest.mark.timeout(500)
+STEPS = 4
+# eps: a gradient that is zero but for rounding must not become a whole step of Adam's
+COMMON = ["data.path=data", "trainer.precision=fp32", "optim.eps=1e-4", "trainer.accelerator=cpu", "logger=none"]
+COMMON += ["trainer.val_every=2", "trainer.sample_every=2", "data.max_val=7"]
+EMBEDDED = ["data.embeddings=embeddings"]
+CASES: dict[str, tuple[str, list[str]]] = {
+    "clip": ("clip", []),
+    "clip-parts": ("clip", ["trainer.accumulate=2"]),
+    "clip-sigmoid": ("clip", ["model.contrast=sigmoid"]),
+    "clip-sigmoid-parts": ("clip", ["model.contrast=sigmoid", "trainer.accumulate=2"]),
+    "clip-locked": ("clip", ["model.freeze_image=true", "model.gradient_checkpointing=true"]),
+    "prior": ("prior", [*EMBEDDED, "model.num_draws=2", "model.net.depth=2"]),
+    "decoder": ("decoder", [*EMBEDDED, "model.net.dropout=0", "model.net.gradient_checkpointing=true"]),
+    "upsampler": ("upsampler", ["trainer.accumulate=2"]),
+}
+
+HALF = ["clip-parts", "prior", "decoder", "upsampler"]  # also in bfloat16
+
+
+def runs(strategy: str, ranks: int, cases: list[str], *more: str, folder: str = "") -> list[tuple[str, list[str]]]:
+    """One run of each case, in the folder STRATEGY-RANKS/CASE or FOLDER/CASE."""
+    given = [*more, f"trainer.strategy={strategy}", f"trainer.devices={ranks}"]
+    folder = folder or f"{strategy}-{ranks}"
+    return [
+        (stage, [f"run={folder}/{case}", *TINY[stage], *COMMON, *own, *given])
+        for case, (stage, own) in CASES.items()
+        if case in cases
+    ]
+
+
+def on_ranks(ranks: int, planned: list[tuple[str, list[str]]], cwd: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    script = Path(__file__).with_name("ranks.py")
+    done = subprocess.run(
+        [*command, script, json.dumps(planned)], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data, embeddings, and each case trained by one process and by two, with DDP and with FSDP2."""
+    root = tmp_path_factory.mktemp("ranks")
+    run_command("unclip", "data", "shapes", "--out", "data", "--num", "64", "--size", "32", cwd=root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        train_all([("clip", ["run=first", "data.path=data", *TINY["clip"], "logger=none", "trainer.accelerator=cpu"])])
+        run_command("unclip-embed", "run=embeddings", "clip=first", "data=data", cwd=root)
+        train_all(runs("auto", 1, list(CASES)))
+        half, resumed = f"trainer.max_steps={STEPS // 2}", ["clip-sigmoid", "decoder"]
+        train_all(runs("auto", 1, resumed, half, folder="one-then-fsdp2"))
+        planned = runs("fsdp2", 2, resumed, half) + runs("fsdp2", 2, list(CASES)) + runs("ddp", 2, list(CASES))
+        planned += runs("fsdp2", 2, resumed, folder="one-then-fsdp2")
+        planned += runs("fsdp2", 2, resumed, half, folder="fsdp2-then-one")
+        planned += runs("fsdp2", 2, HALF, "trainer.precision=bf16", folder="bf16")
+        on_ranks(2, planned, root)
+        train_all(runs("auto", 1, resumed, folder="fsdp2-then-one"))
+    return root
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "artifact" / "weights.safetensors")
+
+
+def assert_same_run(run: Path, one: Path) -> None:
+    """Averaged and trained weights, optimiser, and figures of validation, to 1e-5."""
+    found, wanted = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (run, one))
+    assert found["global_step"] == STEPS
+    pairs = [(weights(run), weights(one)), (found["state_dict"], wanted["state_dict"])]
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (found, wanted)]
+    assert set(states[0]) == set(states[1])
+    pairs += [(states[0][number], states[1][number]) for number in states[1]]
+    for ours, theirs in pairs:
+        assert set(ours) == set(theirs)
+        for name, value in theirs.items():
+            assert_close(ours[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{run}: {name}: {text}")
+    ours, theirs = (artifact.read_manifest(folder).metrics for folder in (run, one))
+    for name in theirs.keys() - {"seconds"}:
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-5), f"{run}: {name}"
+    ours, theirs = (figures(folder) for folder in (run, one))
+    assert (STEPS, "train/lr") in ours.keys() & theirs.keys()
+    for key in ours.keys() & theirs.keys():  # a resumed run may validate at other steps
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), f"{run}: {key}"
+
+
+def figures(run: Path) -> dict[tuple[int, str], float]:
+    """What metrics.jsonl says of each step, by step and name."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    timed = {"step", "seconds", "train/samples_per_second"}
+    return {(row["step"], name): value for row in rows for name, value in row.items() if name not in timed}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_train_and_report_as_one_process_does(strategy: str, case: str, root: Path) -> None:
+    assert_same_run(root / f"{strategy}-2" / case, root / "auto-1" / case)
+    model, _ = artifact.load(root / f"{strategy}-2" / case)
+    assert any(p.abs().max() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("case", ["clip-sigmoid", "decoder"])
+@pytest.mark.parametrize("way", ["one-then-fsdp2", "fsdp2-then-one"])
+def test_a_run_goes_on_with_another_strategy_and_number_of_ranks(way: str, case: str, root: Path) -> None:
+    assert_same_run(root / way / case, root / "auto-1" / case)
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_sharded_blocks_in_bfloat16_learn_as_in_float32(case: str, root: Path) -> None:
+    ours, theirs = (figures(root / folder / case) for folder in ("bf16", "auto-1"))
+    loss = "val/contrastive" if case == "clip-parts" else "val/mse"
+    for step in (1, STEPS - 1):
+        assert ours[step, loss] == pytest.approx(theirs[step, loss], rel=0.01)
+        assert ours[step, loss] != theirs[step, loss], "nothing was computed in bfloat16"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_four_ranks_train_and_report_as_one_process_does(strategy: str, root: Path) -> None:
+    cases = [case for case in CASES if case != "clip-locked"]
+    on_ranks(4, runs(strategy, 4, cases), root)
+    for case in cases:
+        assert_same_run(root / f"{strategy}-4" / case, root / "auto-1" / case)
