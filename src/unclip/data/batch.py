@@ -75,8 +75,12 @@ class Batch:
 
     def picked(self, rows: list[int]) -> "Batch":
         """The batch of these rows, in this order."""
-        columns = {f.name: value for f in fields(self) if (value := self.__dict__[f.name]) is not None and len(value)}
-        return Batch(**{k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in columns.items()})
+        columns: dict[str, Any] = {}
+        for f in fields(self):
+            value = self.__dict__[f.name]
+            if value is not None and len(value):
+                columns[f.name] = value[rows] if isinstance(value, Tensor) else [value[i] for i in rows]
+        return Batch(**columns)
 
     def column(self, name: str) -> Tensor:
         """The column ``name``, which must be there; ValueError if the stage did not ask the data for it."""

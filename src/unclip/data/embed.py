@@ -282,7 +282,7 @@ def _encode(clip: CLIP, batch: Batch, cfg: EmbedConfig) -> Columns:
     return {name: cfg.variants.shaped(name, columns[name]) for name in cfg.columns}
 
 
-def _stored(name: str, values: Tensor, dtype: str, keys: list[str]) -> np.ndarray:
+def _stored(name: str, values: Tensor, dtype: str, keys: Sequence[str]) -> np.ndarray:
     """The rows in ``dtype``; DataError that names the first sample with a number that is not finite there."""
     exact = values.float().cpu().numpy()
     with np.errstate(over="ignore"):
