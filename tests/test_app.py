@@ -40,6 +40,7 @@ def test_all_commands_are_known():
         "import embeddings",
         "export embeddings",
         "wise-ft",
+        "inspect",
         "prior-stats",
         "zero-shot",
         "generate",
