@@ -137,7 +137,7 @@ class Embeddings:
             first = self._mapped(int(shards[0]), column)
             opener = partial(self._memmap, column)
             self._joined[column] = joined.Joined(self.shard_sizes, first.shape[1:], first.dtype, opener)
-        return self._joined[column].take(shards, local).numpy()
+        return self._joined[column].take(shards, local)
 
     def _gather(self, column: str, shards: np.ndarray, local: np.ndarray) -> np.ndarray:
         """One ``take`` per shard that is touched; shards with shorter caption states are filled up with zeros."""

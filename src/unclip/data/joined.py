@@ -15,7 +15,6 @@ from math import gcd
 
 import numpy as np
 import torch
-from torch import Tensor
 
 _FIXED = 0x10  # MAP_FIXED of Linux and macOS
 _PAGE = mmap.ALLOCATIONGRANULARITY
@@ -53,13 +52,15 @@ class Joined:
         count = (int(self._places[-1]) - self.row_bytes) // self.unit + 1
         self._windows = floats.as_strided((count, self.row_bytes // dtype.itemsize), (self.unit // dtype.itemsize, 1))
 
-    def take(self, files: np.ndarray, rows: np.ndarray) -> Tensor:
+    def take(self, files: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """(n, …) the rows ``rows`` of ``files``, both (n,) int64."""
         with self._lock:
             for file in np.unique(files[~self._open[files]]).tolist():
                 self._map(file)
         windows = self._starts[files] + rows * (self.row_bytes // self.unit)
-        return self._windows.index_select(0, torch.from_numpy(windows)).view(len(rows), *self.row_shape)
+        found = np.empty((len(rows), self._windows.shape[1]), self.dtype)  # NumPy's large arrays lie in huge pages
+        torch.index_select(self._windows, 0, torch.from_numpy(windows), out=torch.from_numpy(found))
+        return found.reshape(len(rows), *self.row_shape)
 
     def _map(self, file: int) -> None:
         mapped = self.open_file(file)
