@@ -3,14 +3,16 @@
 import pytest
 import torch
 
-from unclip.config import OptimConfig, TrainerConfig
+from unclip.config import OptimConfig, Precision, TrainerConfig
 from unclip.data.batch import Batch
 from unclip.diffusion.samplers import SamplerConfig
+from unclip.errors import ConfigError
 from unclip.models import DecoderConfig, Interface, build
 from unclip.models.sampling import DiffusionSampling
 from unclip.nets.conditioned import ConditioningConfig, DecoderText
 from unclip.nets.unet import UNetConfig
 from unclip.stages.decoder import DecoderStage
+from unclip.stages.sharded import shard
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,9 @@ def test_the_decoders_sheet_shows_what_the_decoder_can_see(conditioning, heading
     rows = stage.sheet(batch)
     assert [row.caption for row in rows] == ["a", "b"]
     assert [len(row.pictures) for row in rows] == [len(stage.columns)] * 2
+
+
+def test_batch_norms_are_not_sharded():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    with pytest.raises(ConfigError, match=r"batch norms .*take trainer\.strategy=ddp"):
+        shard(net, None, Precision.fp32)  # type: ignore[arg-type]  it is refused before the mesh is looked at
