@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -282,7 +282,7 @@ def _encode(clip: CLIP, batch: Batch, cfg: EmbedConfig) -> Columns:
     return {name: cfg.variants.shaped(name, columns[name]) for name in cfg.columns}
 
 
-def _stored(name: str, values: Tensor, dtype: str, keys: list[str]) -> np.ndarray:
+def _stored(name: str, values: Tensor, dtype: str, keys: Sequence[str]) -> np.ndarray:
     """The rows in ``dtype``; DataError that names the first sample with a number that is not finite there."""
     exact = values.float().cpu().numpy()
     with np.errstate(over="ignore"):
