@@ -22,7 +22,7 @@ from unclip.data.shards import Shards, ShardWriter
 from unclip.data.transforms import load_pixels
 
 WORKERS, BATCH, SIZE = 2, 64, 256
-COUNTS = {"smoke": (64, 6), "quick": (512, 120), "full": (512, 240)}  # pictures, measured batches
+COUNTS = {"smoke": (64, 2), "quick": (512, 120), "full": (512, 240)}  # pictures, measured batches
 
 
 def jpeg(rng: np.random.Generator, size: int) -> bytes:
