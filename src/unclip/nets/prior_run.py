@@ -1,10 +1,11 @@
 """PriorNet in sampling: all that does not change from step to step is made ready once."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from unclip.nets.transformer import PriorContext, PriorNet, TransformerBlock, seen
 
@@ -28,7 +29,7 @@ class PriorRun:
         self._blocks = [_Block(block, dtype) for block in net.transformer_blocks if isinstance(block, TransformerBlock)]
         self._proj_in, self._head = _affine(net.proj_in, dtype), _affine(net.proj_to_clip_embeddings, dtype)
         self._proj_last = None if net.proj_last is None else _affine(net.proj_last, dtype)
-        self._norm_out = net.norm_out
+        self._norm_out = _norm(net.norm_out)
         self._noised = net.positional_embedding[:, -2]
         self._query = net.prd_embedding[:, 0] + net.positional_embedding[:, -1]
         rows = len(branches[0].mask)
@@ -103,7 +104,7 @@ class _Block:
 
     def __init__(self, block: TransformerBlock, dtype: torch.dtype) -> None:
         attention = block.attn1
-        self.norm1, self.norm3, self.num_heads = block.norm1, block.norm3, attention.num_heads
+        self.norm1, self.norm3, self.num_heads = _norm(block.norm1), _norm(block.norm3), attention.num_heads
         self.norm_q, self.norm_k = attention.norm_q, attention.norm_k
         projections = (attention.to_q, attention.to_k, attention.to_v)
         self.qkv = tuple(
@@ -135,3 +136,9 @@ class _Block:
 def _affine(linear: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A linear layer's weight and bias."""
     return linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
+
+
+def _norm(layer: nn.LayerNorm) -> Callable[[Tensor], Tensor]:
+    """The layer in float32, as is what it norms, whatever precision its weights are held in."""
+    shape, weight, bias, eps = layer.normalized_shape, layer.weight.float(), layer.bias.float(), layer.eps
+    return lambda x: F.layer_norm(x, shape, weight, bias, eps)

@@ -4,7 +4,8 @@ Checkpoints and artifacts are the same whole files as those of other strategies,
 go on with another number of ranks, or with another strategy.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from pytorch_lightning.core.optimizer import LightningOptimizer
 from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unclip.config import Precision
@@ -62,7 +63,8 @@ def _through_forward(model: nn.Module) -> None:
         nonlocal inside
         inside = True
         try:
-            return method(*args, **kwargs)
+            with _whole(model) if method.__name__ == "sample" else nullcontext():
+                return method(*args, **kwargs)
         finally:
             inside = False
 
@@ -77,6 +79,21 @@ def _through_forward(model: nn.Module) -> None:
     for name in MODEL_METHODS:
         if hasattr(model, name):
             setattr(model, name, entering(getattr(model, name)))
+
+
+@contextmanager
+def _whole(model: nn.Module) -> Iterator[None]:
+    """All weights gathered at once: sampling reads them at every step, and of blocks in other ways than by their forward."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
 
 
 def average_scalars(model: nn.Module) -> None:
