@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from shard_server import serving
 
 from unclip.data import embed as embed_module
 from unclip.data.embed import EmbedConfig, embed_with
@@ -59,6 +60,23 @@ def test_rows_are_what_clip_says(
         assert longest == real.sum(1).max()
         np.testing.assert_allclose(rows["text_seq"][real], text_seq[:, :longest].numpy()[real], atol=2e-3)
         assert not rows["text_seq"][~real].any()
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_data_behind_an_url_give_the_same_rows(
+    tmp_path: Path, data: Path, clip: CLIP, interface: Interface, cached: bool
+) -> None:
+    shutil.copytree(data, tmp_path / "served")
+    embed_with(clip, interface, config(tmp_path / "here", data, splits=["train"]))
+    with serving(tmp_path / "served") as server:
+        cache = {"cache_dir": str(tmp_path / "cache")} if cached else {}
+        far = config(tmp_path / "far", data, splits=["train"], retry_seconds=5.0, **cache)
+        embed_with(clip, interface, replace(far, data=server.url))
+        with pytest.raises(ConfigError, match=r"name them, splits=\[train,val\]"):
+            embed_with(clip, interface, replace(far, data=server.url, splits=[]))
+    here, there = (Embeddings(tmp_path / run, "train") for run in ("here", "far"))
+    np.testing.assert_array_equal(here.column("image_emb"), there.column("image_emb"))
+    assert list(here.keys) == list(there.keys)
 
 
 def test_a_stopped_run_goes_on_and_ends_alike(

@@ -232,6 +232,8 @@ def test_refused_settings():
         DecoderConfig(image_size=30, net=UNetConfig([32, 64, 64], attention_levels=[1], head_dim=32))
     with pytest.raises(ValueError, match="drop_text"):
         DecoderConfig(drop_text=1.5)
+    with pytest.raises(ValueError, match="self-conditioning is for the diffusion prior"):
+        DecoderConfig(net=UNetConfig(attention_levels=[1]), diffusion=DiffusionConfig(self_conditioning=True))
     for column in ("image_emb", "tokens"):
         with pytest.raises(ValueError, match=f"no column {column}"):
             make().losses(replace(make_batch(), **{column: None}), Noise([1, 2, 3, 4]))

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from unclip.data.batch import Batch
+from unclip.diffusion.gaussian import DiffusionConfig
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import Sampler, SamplerConfig
@@ -167,6 +168,8 @@ def test_refused_settings():
         UpsamplerConfig(low_size=60)
     with pytest.raises(ValueError, match="the training crop is 10 pixels"):
         UpsamplerConfig(low_size=10, image_size=40, net=UNetConfig([32, 32, 32]))
+    with pytest.raises(ValueError, match="self-conditioning is for the diffusion prior"):
+        UpsamplerConfig(diffusion=DiffusionConfig(self_conditioning=True))
     with pytest.raises(ValueError, match="raise max_noise or lower the level"):
         UpsamplerConfig(max_noise=0.1, sampling=replace(DDIM, noise_level=0.2))
     with pytest.raises(ValueError, match=r"above 0\.0, the training's max_noise"):

@@ -28,6 +28,7 @@ from unclip.data.datamodule import trim
 from unclip.data.embeddings import COLUMNS, lengths
 from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.data.parallel import in_order
+from unclip.data.remote import RemoteConfig, is_url
 from unclip.data.shards import Shards
 from unclip.data.variants import Crops, Variants, captions_of
 from unclip.errors import ConfigError, DataError
@@ -46,6 +47,9 @@ class EmbedConfig:
     bytes). ``dtype`` of the stored embeddings is float32 or float16; ``text_seq`` is always float16. ``captions`` and
     ``crops``: how many of each picture to embed; ``seed`` places the crops. ``batch_size`` 0 is 32 on a CPU, which
     encodes a batch on each core, and 256 on a GPU.
+
+    ``data`` may lie behind an URL: name its ``splits`` then. ``cache_dir``, ``cache_gb``, ``retry_seconds``: see
+    :class:`RemoteConfig`; shards that are cached whole are read much faster than picture by picture.
 
     ``part`` of ``parts`` (0: from the SLURM job array, if any, else all) takes every ``parts``-th shard; the ranks of
     torchrun share a part. ``num_workers`` 0 reads and encodes in threads; more read in processes of their own.
@@ -66,6 +70,9 @@ class EmbedConfig:
     parts: int = 0
     num_workers: int = 0
     device: str = "auto"
+    cache_dir: str | None = None
+    cache_gb: float = 100.0
+    retry_seconds: float = 600.0
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.columns) - set(COLUMNS))
@@ -81,6 +88,10 @@ class EmbedConfig:
                 raise ConfigError(f"{name}={self.__dict__[name]} must not be negative")
         if self.part < 0 or self.part >= max(self.parts, 1):
             raise ConfigError(f"part={self.part} of parts={self.parts}: parts count from 0 to parts - 1")
+
+    @property
+    def remote(self) -> RemoteConfig:
+        return RemoteConfig(self.cache_dir, self.cache_gb, self.retry_seconds)
 
     @property
     def variants(self) -> Variants:
@@ -153,10 +164,8 @@ class _Job:
 
 def embed_with(clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:
     """:func:`embed` with a model in memory; ``interface.clip`` identifies it."""
-    names = cfg.splits or sorted(path.parent.name for path in Path(cfg.data).glob("*/index.json"))
-    if not names:
-        raise DataError(f"{cfg.data} holds no split with an index.json; run `unclip data check {cfg.data}`")
-    splits = {name: Shards(Path(cfg.data) / name) for name in names}
+    names = _split_names(cfg)
+    splits = {name: Shards(f"{cfg.data.rstrip('/')}/{name}", cfg.remote) for name in names}
     writers = {
         name: EmbeddingsWriter(Path(cfg.run), name, interface, cfg.columns, cfg.dtype, cfg.variants) for name in names
     }
@@ -179,6 +188,17 @@ def embed_with(clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:
             writer.finish(splits[name])
         else:
             log.info("%s: other parts are not done; the last one to end writes %s/index.json", name, writer.split_dir)
+
+
+def _split_names(cfg: EmbedConfig) -> list[str]:
+    if not cfg.splits and is_url(cfg.data):
+        raise ConfigError(
+            f"data={cfg.data} is behind an URL, where splits cannot be listed: name them, splits=[train,val]"
+        )
+    names = cfg.splits or sorted(path.parent.name for path in Path(cfg.data).glob("*/index.json"))
+    if not names:
+        raise DataError(f"{cfg.data} holds no split with an index.json; run `unclip data check {cfg.data}`")
+    return names
 
 
 def check_storage(every: list[_Job], missing: list[bool], clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:
@@ -258,11 +278,10 @@ def _read(tokenizer: Tokenizer, work: list[tuple[Crops, range]], step: int) -> B
     """Pictures (B * crops, 3, S, S) and tokens (B * captions, context_length) of one step's samples."""
     crops, samples = work[step]
     shards = crops.central.shards
+    image = crops.batch(samples)  # before the captions, which arrive with the pictures where both are far away
     captions = [text for i in samples for text in captions_of(shards, i, crops.variants.captions)]
     keys = [shards.keys[i] for i in samples]
-    return Batch(
-        position=list(samples), key=keys, caption=captions, image=crops.batch(samples), tokens=tokenizer(captions)
-    )
+    return Batch(position=list(samples), key=keys, caption=captions, image=image, tokens=tokenizer(captions))
 
 
 @torch.inference_mode()

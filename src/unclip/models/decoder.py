@@ -51,6 +51,8 @@ class DecoderConfig(ModelConfig):
     def __post_init__(self) -> None:
         if not self.net.attention_levels:
             raise ValueError("the decoder reads its context by attention: set net.attention_levels, for example [1, 2]")
+        if self.diffusion.self_conditioning:
+            raise ValueError("self-conditioning is for the diffusion prior: set diffusion.self_conditioning=false")
         if self.image_size % self.net.stride:
             raise ValueError(f"image_size={self.image_size} is not a multiple of {self.net.stride}, the net's stride")
         for name, rate in (("drop_image", self.drop_image), ("drop_text", self.drop_text)):

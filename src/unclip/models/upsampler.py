@@ -45,6 +45,8 @@ class UpsamplerConfig(ModelConfig):
             raise ValueError(
                 "an upsampler is convolution-only, else it cannot train on crops: set net.attention_levels=[]"
             )
+        if self.diffusion.self_conditioning:
+            raise ValueError("self-conditioning is for the diffusion prior: set diffusion.self_conditioning=false")
         if self.image_size % self.low_size:
             raise ValueError(f"image_size={self.image_size} is not a multiple of low_size={self.low_size}")
         if not 0 < self.crop_fraction <= 1:
