@@ -10,6 +10,7 @@ or captions a picture they gain a dimension after n, see :mod:`unclip.data.varia
 """
 
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -48,12 +49,13 @@ class Embeddings:
         self._starts = np.cumsum([0] + [shard["num_rows"] for shard in index["shards"]])
         self._open: dict[tuple[int, str], np.memmap] = {}
         self._joined: dict[str, joined.Joined] = {}
+        self._pool: tuple[int, ThreadPoolExecutor] | None = None  # with the process that it belongs to
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}, "_joined": {}}
+        return {**self.__dict__, "_open": {}, "_joined": {}, "_pool": None}
 
     @property
     def interface(self) -> Interface:
@@ -121,9 +123,18 @@ class Embeddings:
         takers = [partial(self._take, column, shards, local) for column in columns]
         if len(indices) < _MANY or len(columns) == 1:
             return dict(zip(columns, [take() for take in takers], strict=True))
-        with ThreadPoolExecutor(len(columns), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            jobs = [pool.submit(take) for take in takers]  # copying releases the interpreter's lock
-            return dict(zip(columns, [job.result() for job in jobs], strict=True))
+        jobs = [self._copiers().submit(take) for take in takers]  # copying releases the interpreter's lock
+        return dict(zip(columns, [job.result() for job in jobs], strict=True))
+
+    def _copiers(self) -> ThreadPoolExecutor:
+        """Threads that copy columns, kept: new ones for every batch take as long as the copy. A fork starts its own."""
+        if self._pool is None or self._pool[0] != os.getpid():
+            count = min(len(COLUMNS), os.cpu_count() or 1)
+            self._pool = (
+                os.getpid(),
+                ThreadPoolExecutor(count, "unclip-rows", initializer=torch.set_num_threads, initargs=(1,)),
+            )
+        return self._pool[1]
 
     def column(self, name: str) -> np.ndarray:
         """A whole column in memory, for statistics such as PCA."""
