@@ -45,6 +45,14 @@ def test_the_same_command_again_returns_at_once(chain: Path):
     assert (chain / "runs/clip/artifact/manifest.json").stat().st_mtime_ns == before
 
 
+def test_a_start_that_failed_does_not_bind_the_folder(chain: Path):
+    command = ["train-upsampler", "run=runs/again", *TINY["upsampler"]]
+    assert "nowhere" in run_command(*command, "data.path=nowhere", cwd=chain, code=1)
+    assert not (chain / "runs/again/identity.json").exists()
+    run_command(*command, "data.path=data", cwd=chain)
+    assert (chain / "runs/again/artifact").exists()
+
+
 def test_another_setting_in_the_same_run_is_refused(chain: Path):
     said = run_command(
         "train-clip", "run=runs/clip", "data.path=data", *TINY["clip"], "optim.lr=0.5", cwd=chain, code=1

@@ -101,7 +101,7 @@ def train(cfg: TrainConfig) -> Path:
     run = Path(cfg.run)
     kind, stage_class = STAGES[type(cfg)]
     with RunLock(run):
-        _write_or_compare_settings(run, cfg)
+        _compare_settings(run, cfg)
         if _finished(run, cfg):
             log.info("%s is finished; raise trainer.max_steps or trainer.max_minutes to train on", run)
             return artifact.locate(run)
@@ -111,6 +111,7 @@ def train(cfg: TrainConfig) -> Path:
 
         torch.manual_seed(cfg.seed)
         model, data = _model_and_data(cfg, kind, fresh=not last.exists())
+        _write_settings(run, cfg)  # from here on the folder is this run's
         stage = stage_class(model, cfg.trainer, cfg.optim, cfg.seed)
         data.set_start(start)
         trainer = _trainer(cfg, run, start, title=f"{kind} in {run}")
@@ -248,25 +249,33 @@ def _finished(run: Path, cfg: TrainConfig) -> bool:
     return manifest.step >= cfg.trainer.max_steps or by_time
 
 
-def _write_or_compare_settings(run: Path, cfg: TrainConfig) -> None:
-    """Keep what defines the run in ``identity.json``; stop with the difference when a resumed run is another one."""
+def _defining(cfg: TrainConfig) -> dict[str, Any]:
+    """The settings that a resumed run must share."""
+    return {k: v for k, v in identity(cfg).items() if k not in ("run", "trainer.max_steps")}
+
+
+def _compare_settings(run: Path, cfg: TrainConfig) -> None:
+    """Stop with the difference when the folder is another run's."""
     path = run / "identity.json"
-    mine = {k: v for k, v in identity(cfg).items() if k not in ("run", "trainer.max_steps")}
-    if path.exists():
-        theirs = json.loads(path.read_text())
-        changed = [
-            f"  {k}: {theirs.get(k)!r} -> {mine.get(k)!r}"
-            for k in sorted({*mine, *theirs})
-            if mine.get(k) != theirs.get(k)
-        ]
-        if changed:
-            raise ConfigError(
-                f"{run} was started with other settings:\n" + "\n".join(changed) + "\n"
-                "Use the same settings to resume it, or another run=... to start anew."
-            )
-    elif (run / "artifact").exists():
-        raise ConfigError(f"{run} holds an artifact that was not trained there; choose another run=...")
+    if not path.exists():
+        if (run / "artifact").exists():
+            raise ConfigError(f"{run} holds an artifact that was not trained there; choose another run=...")
+        return
+    mine, theirs = _defining(cfg), json.loads(path.read_text())
+    changed = [
+        f"  {k}: {theirs.get(k)!r} -> {mine.get(k)!r}" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{run} was started with other settings:\n" + "\n".join(changed) + "\n"
+            "Use the same settings to resume it, or another run=... to start anew."
+        )
+
+
+def _write_settings(run: Path, cfg: TrainConfig) -> None:
+    """Keep what defines the run in ``identity.json``, and all settings, for people, in ``config.yaml``."""
+    path = run / "identity.json"
     draft = path.with_suffix(f".{os.getpid()}.tmp")  # one for each rank
-    draft.write_text(json.dumps(mine, indent=2, sort_keys=True) + "\n")
+    draft.write_text(json.dumps(_defining(cfg), indent=2, sort_keys=True) + "\n")
     os.replace(draft, path)
     (run / "config.yaml").write_text(yaml.safe_dump(to_plain(cfg), sort_keys=False))
