@@ -111,6 +111,7 @@ def train(cfg: TrainConfig) -> Path:
 
         torch.manual_seed(cfg.seed)
         model, data = _model_and_data(cfg, kind, fresh=not last.exists())
+        log.info("data %s", data.fingerprint[:12])  # opens it: a wrong path ends here
         _write_settings(run, cfg)  # from here on the folder is this run's
         stage = stage_class(model, cfg.trainer, cfg.optim, cfg.seed)
         data.set_start(start)
