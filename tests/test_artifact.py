@@ -64,6 +64,12 @@ def test_what_is_loaded_is_what_was_saved(run: Path):
     assert artifact.load(run / "artifact-00000007")[1] == manifest, "the artifact folder itself will do as well"
 
 
+def test_loading_draws_no_initial_weights(run: Path):
+    before = torch.get_rng_state()
+    artifact.load(run)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_the_link_moves_to_the_newest(run: Path):
     assert (run / "artifact").readlink() == Path("artifact-00000007")
     artifact.save(run, make_model(1), make_manifest(step=9))

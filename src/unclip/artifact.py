@@ -19,6 +19,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from unclip import __version__
 from unclip.config import from_plain
@@ -27,6 +28,7 @@ from unclip.models.interface import Interface
 
 FORMAT = 1
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
+FILLS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
 
 @dataclass
@@ -122,7 +124,8 @@ def load(folder: Path | str, *, kind: str | None = None) -> tuple[nn.Module, Man
             f"{path / WEIGHTS} is not the file that {MANIFEST} describes: it was altered or cut short. "
             "Copy the artifact again or train the stage again."
         )
-    model = build(_config(manifest, path), Interface(**manifest.interface))
+    with _Unfilled():
+        model = build(_config(manifest, path), Interface(**manifest.interface))
     try:
         model.load_state_dict(load_file(path / WEIGHTS), strict=True)
     except (RuntimeError, ValueError, SafetensorError) as error:
@@ -131,6 +134,16 @@ def load(folder: Path | str, *, kind: str | None = None) -> tuple[nn.Module, Man
         owner: Any = model
         owner.load_statistics(_read_statistics(path, manifest))
     return model.eval().requires_grad_(False), manifest
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out initial values: each weight comes from the file, and drawing a billion random numbers takes a while."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def add_statistics(folder: Path | str, model: HasStatistics) -> Path:
