@@ -22,7 +22,7 @@ run_beside train_upsampler \
 run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$runs/data" precision=bf16 \
   "columns=[image_emb,text_emb,tokens,text_seq]"
 run_beside train_prior \
-  train-decoder run="$runs/decoder" "${embedded[@]}" experiment=demo_decoder trainer.max_minutes="$(share 0.49)"
+  train-decoder run="$runs/decoder" "${embedded[@]}" experiment=demo_decoder trainer.max_minutes="$(share 0.52)"
 run unclip generate --from "$runs" --out "$runs/pictures" --num 4 --seed 0 "a red cube on top of a blue cube" \
   "a small green sphere left of a yellow cone" "a purple ring" "an orange cylinder under a cyan sphere"
 run unclip verdict --from "$runs" --data "$runs/data" --out "$runs/verdict"

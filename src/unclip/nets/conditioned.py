@@ -195,11 +195,15 @@ class UpsamplerNet(nn.Module):
     """The upsampler's network: the resized low-resolution picture joins the noised one on the channels.
 
     ``noise_conditioning`` adds an embedding of the low-resolution picture's noise level to that of the timestep, under
-    diffusers' name ``class_embedding`` (UNet2DModel with ``class_embed_type="timestep"``).
+    diffusers' name ``class_embedding`` (UNet2DModel with ``class_embed_type="timestep"``). With ``residual`` the
+    predicted x0 is the resized low-resolution picture plus the U-Net's output.
     """
 
-    def __init__(self, cfg: UNetConfig, out_channels: int = 3, noise_conditioning: bool = False):
+    def __init__(
+        self, cfg: UNetConfig, out_channels: int = 3, noise_conditioning: bool = False, residual: bool = False
+    ):
         super().__init__()
+        self.residual = residual
         self.unet = UNet(cfg, 6, out_channels)
         self.class_embedding = TimestepEmbedding(cfg.channels[0], cfg.time_dim) if noise_conditioning else None
 
@@ -213,4 +217,8 @@ class UpsamplerNet(nn.Module):
 
     def forward(self, x_t: Tensor, timestep: Tensor, context: UpsamplerContext) -> Tensor:
         """x_t (B, 3, S, S), timestep (B,); returns (B, out_channels, S, S)."""
-        return self.unet(torch.cat((x_t, context.low), dim=1), timestep, UNetContext(context.emb))
+        out = self.unet(torch.cat((x_t, context.low), dim=1), timestep, UNetContext(context.emb))
+        if not self.residual:
+            return out
+        prediction, *variance = out.split(3, dim=1)
+        return torch.cat((prediction + context.low, *variance), dim=1)
