@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from unclip.diffusion import DiffusionConfig, GaussianDiffusion, NoiseSchedule, Predict, ancestral, ddim, dpmpp_2m
+from unclip.diffusion import (
+    DiffusionConfig,
+    GaussianDiffusion,
+    NoiseSchedule,
+    Predict,
+    ancestral,
+    ddim,
+    dpmpp_2m,
+    unipc,
+)
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -121,17 +130,23 @@ def test_ddim_is_the_ddim_scheduler(predict, eta):
     assert_close(ddim(denoiser, Draws(0), eta=eta), expected, atol=2e-4, rtol=0)
 
 
+def multistep(sampler, predict):
+    settings = {
+        "beta_schedule": "squaredcos_cap_v2",
+        "prediction_type": NAMES[predict],
+        "solver_order": 2,
+        "final_sigmas_type": "zero",
+    }
+    if sampler is unipc:
+        return diffusers.UniPCMultistepScheduler(1000, solver_type="bh2", **settings)
+    return diffusers.DPMSolverMultistepScheduler(1000, algorithm_type="dpmsolver++", **settings)
+
+
+@pytest.mark.parametrize("sampler", [dpmpp_2m, unipc], ids=["dpmpp_2m", "unipc"])
 @pytest.mark.parametrize("predict", list(NAMES))
-def test_dpmpp_2m_is_the_multistep_scheduler(predict):
-    """On that scheduler's grid, which ends above step 0 with the plain prediction: ours gets one cleaner step."""
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        1000,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type=NAMES[predict],
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-        final_sigmas_type="zero",
-    )
+def test_second_order_samplers_are_the_multistep_schedulers(sampler, predict):
+    """On their grid, which ends above step 0 with the plain prediction: ours gets one cleaner step."""
+    scheduler = multistep(sampler, predict)
     scheduler.set_timesteps(20)
     kept = scheduler.timesteps.flip(0)
     expected = reference(
@@ -143,7 +158,7 @@ def test_dpmpp_2m_is_the_multistep_scheduler(predict):
     timesteps = torch.cat([torch.tensor([0]), kept])
     denoiser.schedule = NoiseSchedule(alpha_bar, torch.full_like(alpha_bar, 0.5), timesteps)
     predictions = Recording(denoiser)
-    dpmpp_2m(predictions, Draws(0))
+    sampler(predictions, Draws(0))
     actual = predictions.x0[-2]
     assert (actual - expected).abs().median() < 1e-4 * expected.abs().median()
     assert_close(actual, expected, atol=1e-2, rtol=1e-2)

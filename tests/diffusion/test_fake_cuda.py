@@ -16,6 +16,8 @@ from unclip.diffusion import (
     ancestral,
     ddim,
     dpmpp_2m,
+    heun,
+    unipc,
 )
 
 VP = [Predict.eps, Predict.x0, Predict.v]  # of the variance-preserving schedules
@@ -57,7 +59,7 @@ def test_losses(predict, learned):
         assert total.shape == ()
 
 
-@pytest.mark.parametrize("sampler", [ancestral, lambda d, n: ddim(d, n, eta=0.5), ddim, dpmpp_2m])
+@pytest.mark.parametrize("sampler", [ancestral, lambda d, n: ddim(d, n, eta=0.5), ddim, dpmpp_2m, unipc, heun])
 @pytest.mark.parametrize("learned", [False, True])
 def test_samplers(sampler, learned):
     with FakeTensorMode():

@@ -13,7 +13,7 @@ from unclip.data.batch import Batch
 from unclip.diffusion.gaussian import DiffusionConfig, Predict
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
-from unclip.diffusion.samplers import Sampler, SamplerConfig, ddim
+from unclip.diffusion.samplers import Sampler, SamplerConfig, sample
 from unclip.diffusion.schedule import ScheduleName
 from unclip.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig, EmbeddingSpace, best_candidate
 from unclip.models.interface import Interface
@@ -107,16 +107,21 @@ def test_guidance_zero_ignores_the_caption():
     assert (prior.sample(cond, guided, noise) - prior.sample(other, guided, noise)).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("sampler", [Sampler.ddim, Sampler.unipc, Sampler.heun])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_sampling_equals_plain_steps_of_the_net(scale: float):
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_sampling_equals_plain_steps_of_the_net(sampler: Sampler, scale: float, num_steps: int):
     """The shared prefixes and timesteps of a run change nothing: with null rows and candidates spelt out it is the same."""
     prior, batch, noise = make(), make_batch(), Noise([1, 2, 3, 4])
-    how = replace(DDIM, num_candidates=3, guidance=Guidance(scale))
+    steps = SamplerConfig(sampler, num_steps)
+    how = PriorSampling(steps, Guidance(scale), num_candidates=3)
     cond = prior._scaled(prior.cond(batch))
     halves = Cond.cat(cond, cond)
     context = prior.net.prepare(halves, Keep.halves(4, torch.device("cpu")))
-    plain = prior.diffusion.denoiser(prior.net, context, shape=(3, D), num_steps=4, guidance=how.guidance)
-    wanted = best_candidate(prior.decode(ddim(plain, noise)), batch.column("text_emb"))
+    plain = prior.diffusion.denoiser(
+        prior.net, context, shape=(3, D), num_steps=steps.num_levels, guidance=how.guidance
+    )
+    wanted = best_candidate(prior.decode(sample(steps, plain, noise)), batch.column("text_emb"))
     assert_close(prior.sample(prior.cond(batch), how, noise), wanted.detach(), atol=1e-5, rtol=1e-5)
 
 

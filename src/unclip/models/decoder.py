@@ -134,7 +134,7 @@ class Decoder(nn.Module):
             self.net, self._scaled(cond), how, None if negative is None else self._scaled(negative)
         )
         denoiser = self.diffusion.denoiser(
-            self.net, context, shape=shape, num_steps=how.sampler.num_steps, guidance=how.guidance
+            self.net, context, shape=shape, num_steps=how.sampler.num_levels, guidance=how.guidance
         )
         return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)
 

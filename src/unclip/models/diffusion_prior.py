@@ -184,7 +184,7 @@ class DiffusionPrior(nn.Module):
         Guidance is against a dropped text side or, where ``negative`` is given, against its captions: B of them, or one.
         """
         assert cond.text_emb is not None, "the prior needs text_emb (z_t)"
-        schedule = self.diffusion.schedule.respaced(how.sampler.num_steps).to(cond.text_emb.device)
+        schedule = self.diffusion.schedule.respaced(how.sampler.num_levels).to(cond.text_emb.device)
         branches = [self.net.prepare(self._scaled(cond), Keep())]
         if how.guidance.scale != 1.0:
             branches.append(

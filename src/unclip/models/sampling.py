@@ -23,7 +23,9 @@ class DiffusionSampling:
 
     def __post_init__(self) -> None:
         if self.sampler.name is Sampler.analytic:
-            raise ValueError("sampler.name=analytic is for diffusion priors; here take ancestral, ddim or dpmpp_2m")
+            raise ValueError(
+                "sampler.name=analytic is for diffusion priors; here take ancestral, ddim, dpmpp_2m, unipc or heun"
+            )
 
 
 @dataclass

@@ -132,7 +132,7 @@ class Upsampler(nn.Module):
         low = self._noised(low.float(), level, noise)
         context = self.net.prepare(resize(low, self.cfg.image_size), level)
         shape = (3, self.cfg.image_size, self.cfg.image_size)
-        denoiser = self.diffusion.denoiser(self.net, context, shape=shape, num_steps=how.sampler.num_steps)
+        denoiser = self.diffusion.denoiser(self.net, context, shape=shape, num_steps=how.sampler.num_levels)
         return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)
 
     def _noised(self, low: Tensor, level: Tensor, noise: Noise) -> Tensor:
