@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from unclip.cli.train import CONF, forced
 from unclip.config import identity, typed
 from unclip.data.embed import EmbedConfig
+from unclip.diffusion import Predict, Sampler, SamplerConfig, ScheduleName, Threshold, Timesteps, Weighting
 from unclip.errors import ConfigError
 from unclip.evaluation.prior import PriorEvaluateConfig
 from unclip.models.clip import CLIP
@@ -70,6 +71,39 @@ def test_the_papers_clip_is_vit_h_16_on_two_data_sets_in_equal_parts():
     assert (len(blocks), clip.model.visual.conv1.weight.shape) == (32, (1280, 3, 16, 16))
     assert (clip.image_size, clip.interface().embed_dim, clip.interface().text_width) == (256, 1024, 1024)
     assert 0.9e9 < sum(p.numel() for p in clip.parameters()) < 1.1e9
+
+
+@pytest.mark.parametrize("root", ["train_prior", "train_decoder"])
+def test_every_sampling_and_diffusion_setting_is_reachable(root: str):
+    sampling = "model.sampling"
+    given = [
+        *ROOTS[root][1],
+        *(f"{sampling}.guidance.{value}" for value in ("scale=0.5", "interval=[0.2,0.8]", "rescale=0.7")),
+        f"{sampling}.guidance.threshold=dynamic",
+        *(f"{sampling}.sampler.{value}" for value in ("name=heun", "num_steps=15")),
+        *("model.diffusion.schedule=linear", "model.diffusion.predict=v", "model.diffusion.weighting=p2"),
+        *("model.diffusion.learned_variance=false", "model.diffusion.timesteps=logit_normal"),
+        *(["model.diffusion.resolution=256"] if root == "train_decoder" else []),
+    ]
+    model = composed(root, given).model
+    guidance = model.sampling.guidance
+    assert (guidance.scale, list(guidance.interval), guidance.rescale) == (0.5, [0.2, 0.8], 0.7)
+    assert guidance.threshold is Threshold.dynamic
+    assert model.sampling.sampler == SamplerConfig(Sampler.heun, 15)
+    diffusion = model.diffusion
+    assert (diffusion.schedule, diffusion.predict) == (ScheduleName.linear, Predict.v)
+    assert (diffusion.weighting, diffusion.timesteps) == (Weighting.p2, Timesteps.logit_normal)
+    assert diffusion.resolution == (256 if root == "train_decoder" else None)
+
+
+def test_a_contradiction_in_the_config_is_refused_with_its_advice():
+    for setting, message in (
+        ("model.sampling.guidance.scale=-1", "give it as the negative one"),
+        ("model.diffusion.timesteps=logit_normal", "set timesteps=uniform or low_discrepancy"),
+        ("model.sampling.sampler.eta=0.5", r"set sampler\.name=ddim"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            composed("train_decoder", [*ROOTS["train_decoder"][1], setting])
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])

@@ -48,7 +48,8 @@ def test_losses(predict, learned):
             learned_variance=learned,
             clip_range=1.0,
             weighting=Weighting.min_snr,
-            timesteps=Timesteps.low_discrepancy,
+            timesteps=Timesteps.low_discrepancy if learned else Timesteps.logit_normal,
+            resolution=256,
         )
         noise = Noise.at(0, range(4), "cuda")
         x0 = torch.zeros(4, *PICTURE, device="cuda")

@@ -5,8 +5,8 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from unclip.diffusion import DiffusionConfig, GaussianDiffusion, Noise, Predict, ScheduleName, Timesteps, Weighting
-from unclip.diffusion.gaussian import gaussian_kl, pixel_log_likelihood, variational_bound
+from unclip.diffusion import DiffusionConfig, GaussianDiffusion, Noise, Predict, Timesteps, Weighting
+from unclip.diffusion.bound import gaussian_kl, pixel_log_likelihood, variational_bound
 
 VP = [Predict.eps, Predict.x0, Predict.v]  # of the variance-preserving schedules
 MEAN, STD = 0.2, 0.3
@@ -26,19 +26,17 @@ def average(diffusion, net, means, term="mse", **options):
     return values.mean(), values.std() / math.sqrt(len(values))
 
 
-@pytest.mark.parametrize("weighting", list(Weighting))
+@pytest.mark.parametrize("weighting", [Weighting.simple, Weighting.min_snr])
 @pytest.mark.parametrize("predict", VP)
-@pytest.mark.parametrize("num_draws", [None, 4])
-def test_loss_at_the_optimum_is_the_posterior_variance(predict, weighting, num_draws, exact_net, means):
+def test_several_draws_have_the_loss_of_one(predict, weighting, exact_net, means):
     """Var[x0 | x_t] = 1 / (1/s² + SNR); an error in eps is SNR times, one in v is 1 / sigma² times the one in x0."""
     diffusion = GaussianDiffusion(DiffusionConfig(predict=predict, weighting=weighting))
     schedule = diffusion.schedule
     snr = schedule.snr.double()
     scale = {Predict.x0: torch.ones_like(snr), Predict.eps: snr, Predict.v: 1 / schedule.sigma.double() ** 2}[predict]
-    lowest = {Weighting.simple: None, Weighting.min_snr: 0.0, Weighting.clamped_snr: 1.0}[weighting]
-    weight = torch.ones_like(snr) if lowest is None else snr.clamp(lowest, 5) / scale
-    expected = (weight * scale / (STD**-2 + snr)).mean()
-    mean, error = average(diffusion, exact_net(diffusion, STD), means, num_draws=num_draws)
+    weight = scale if weighting is Weighting.simple else snr.clamp(max=5)
+    expected = (weight / (STD**-2 + snr)).mean()
+    mean, error = average(diffusion, exact_net(diffusion, STD), means, num_draws=4)
     assert error < 0.05 * expected
     assert abs(mean - expected) < 3 * error
 
@@ -58,18 +56,6 @@ def test_a_worse_network_has_a_larger_loss(exact_net, means):
     best, error = average(diffusion, exact_net(diffusion, STD), means)
     worse, _ = average(diffusion, exact_net(diffusion, 2 * STD), means)
     assert worse > best + 5 * error
-
-
-@pytest.mark.parametrize(("weighting", "lowest"), [(Weighting.min_snr, 0.0), (Weighting.clamped_snr, 1.0)])
-def test_snr_weights_weigh_the_x0_error_alike_for_every_parametrisation(weighting, lowest):
-    step = torch.arange(1000)
-    weights = {
-        predict: GaussianDiffusion(DiffusionConfig(predict=predict, weighting=weighting)).weight(step) for predict in VP
-    }
-    schedule = GaussianDiffusion(DiffusionConfig()).schedule
-    assert_close(weights[Predict.x0], schedule.snr.clamp(lowest, 5))
-    assert_close(weights[Predict.eps] * schedule.snr, weights[Predict.x0])
-    assert_close(weights[Predict.v] / schedule.sigma**2, weights[Predict.x0], atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("predict", VP)
@@ -166,7 +152,7 @@ def test_pixel_likelihood_is_the_density_times_the_width_where_it_is_smooth():
     assert_close(pixel_log_likelihood(x, mean, 2 * std.log()), expected, atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("timesteps", list(Timesteps))
+@pytest.mark.parametrize("timesteps", [Timesteps.uniform, Timesteps.low_discrepancy])
 def test_steps_cover_the_schedule_uniformly(timesteps):
     diffusion = GaussianDiffusion(DiffusionConfig(num_timesteps=10, timesteps=timesteps))
     counts = diffusion.draw_steps(Noise.at(0, range(20000))).bincount(minlength=10)
@@ -194,15 +180,11 @@ def test_draws_have_their_own_steps_and_noise():
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        ({"schedule": ScheduleName.cosine_zero_snr}, "predict=v or x0"),
-        (
-            {"schedule": ScheduleName.cosine_zero_snr, "predict": Predict.v, "weighting": Weighting.min_snr},
-            "weighting=simple",
-        ),
         ({"learned_variance": True}, "clip_range=1.0"),
         ({"learned_variance": True, "clip_range": 5.0}, "learned_variance=false"),
         ({"clip_range": -1.0}, "1.0 for pictures"),
         ({"num_timesteps": 0}, "usually 1000"),
+        ({"resolution": 0}, "or null for no shift"),
     ],
 )
 def test_contradicting_settings_are_refused_with_advice(settings, advice):

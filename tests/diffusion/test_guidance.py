@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -121,7 +123,7 @@ def test_static_threshold_clamps():
 def test_dynamic_threshold_is_imagens():
     """One sample in range (untouched), one with 1000 values up to 4: its 995th largest magnitude becomes 1."""
     inside, outside = torch.linspace(-1, 1, 1000), torch.arange(1, 1001) * 0.004
-    limited = dynamic_threshold(torch.stack([inside, -outside]), 1.0)
+    limited = dynamic_threshold(torch.stack([inside, -outside]), 1.0, 1)
     assert torch.equal(limited[0], inside)
     assert_close(limited[1], -(outside.clamp(max=3.98) / 3.98))
 
@@ -139,8 +141,34 @@ def test_dynamic_threshold_needs_a_range(exact_net, means):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"rescale": 1.5}, {"interval": (0.8, 0.2)}, {"interval": (0, 2)}, {"interval": (0.5,)}]
+    "bad",
+    [
+        {"rescale": 1.5},
+        {"interval": (0.8, 0.2)},
+        {"interval": (0, 2)},
+        {"interval": (0.5,)},
+        {"scale": -0.5},
+        {"scale": math.nan},
+        {"scale": math.inf},
+    ],
 )
 def test_impossible_guidance_is_refused(bad):
-    with pytest.raises(ValueError, match=f"guidance.{next(iter(bad))}"):
-        Guidance(2.0, **bad)
+    with pytest.raises(ValueError, match=rf"guidance\.{next(iter(bad))} is"):
+        Guidance(**bad)
+
+
+def test_a_negative_scale_is_refused_with_advice():
+    with pytest.raises(ValueError, match=r"at least 0: 1 is the plain conditional model.*give it as the negative one"):
+        Guidance(-1.0)
+
+
+def test_candidates_share_neither_spread_nor_range():
+    """(B, K, D) with one-dimensional samples: what is done to a candidate does not depend on the other one."""
+    generator = torch.manual_seed(0)
+    cond, null = torch.randn(2, 3, 50, generator=generator), torch.randn(2, 3, 50, generator=generator)
+    guidance = Guidance(5.0, rescale=1.0, threshold=Threshold.dynamic)
+    guided, limited = guidance.combine(cond, null, 1), guidance.limit(3 * cond, 1.0, 1)
+    assert_close(guided.std(-1), cond.std(-1))
+    assert_close(limited.abs().amax(-1), torch.ones(2, 3))
+    assert_close(guidance.combine(cond[:, 1], null[:, 1]), guided[:, 1])
+    assert_close(guidance.limit(3 * cond[:, 1], 1.0), limited[:, 1])

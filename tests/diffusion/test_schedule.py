@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from unclip.diffusion import NoiseSchedule, make_schedule
+from unclip.diffusion import NoiseSchedule, ScheduleName, make_schedule
 
 
 def broadcast(table, step, x):
@@ -34,6 +34,30 @@ def test_zero_terminal_snr_ends_in_pure_noise_and_starts_as_before():
     assert schedule.sigma[-1] == 1
     assert_close(schedule.alpha[0], plain.alpha[0])
     assert (schedule.alpha.diff() < 0).all()
+
+
+@pytest.mark.parametrize("name", list(ScheduleName))
+@pytest.mark.parametrize("resolution", [32, 64, 256])
+def test_a_resolution_shifts_the_log_snr(name, resolution):
+    """log-SNR + 2 log(64 / d) (Hoogeboom et al. 2023, sec. 3.1); pure noise stays pure noise."""
+    plain, shifted = make_schedule(name, 1000), make_schedule(name, 1000, resolution=resolution)
+    last = -1 if plain.snr[-1] == 0 else None
+    assert_close(
+        shifted.half_log_snr[:last], plain.half_log_snr[:last] + math.log(64 / resolution), atol=1e-3, rtol=1e-4
+    )
+    assert (shifted.snr[-1] == 0) == (plain.snr[-1] == 0)
+    assert_close(shifted.alpha_bar, shifted.alpha**2)
+    if resolution == 64:
+        assert torch.equal(shifted.alpha, plain.alpha)
+        assert torch.equal(shifted.beta, plain.beta)
+
+
+def test_a_shifted_straight_line_is_sd3s():
+    """t' = s t / (1 + (s - 1) t) (Esser et al. 2024, eq. 23), still on the line alpha + sigma = 1."""
+    schedule = make_schedule("flow", 1000, resolution=192)
+    t = torch.arange(1, 1001) / 1000
+    assert_close(schedule.sigma, 3 * t / (1 + 2 * t))
+    assert_close(schedule.alpha + schedule.sigma, torch.ones(1000))
 
 
 def test_unknown_schedule_is_refused():

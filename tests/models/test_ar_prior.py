@@ -347,6 +347,7 @@ def test_refused_settings(options: dict[str, Any], message: str):
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 0.5, "temperature": 0.0}, "top_p has no effect at temperature=0"),
         ({"num_candidates": 0}, "num_candidates is 0"),
+        ({"guidance_scale": -1.0}, "guidance_scale is -1.0; it must be at least 0"),
     ],
 )
 def test_refused_sampling(options: dict[str, Any], message: str):

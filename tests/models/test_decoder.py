@@ -1,3 +1,4 @@
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -7,11 +8,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import DiffusionConfig, Predict
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import Sampler, SamplerConfig
-from unclip.models.decoder import Decoder, DecoderConfig, EmbeddingNorm
+from unclip.diffusion.settings import DiffusionConfig, Predict
+from unclip.models.decoder import Decoder, DecoderConfig, EmbeddingNorm, guided_context
 from unclip.models.interface import Interface
 from unclip.models.sampling import DiffusionSampling
 from unclip.nets.conditioned import ConditioningConfig, DecoderText
@@ -172,6 +173,37 @@ def test_a_negative_caption_takes_the_place_of_none():
     zero = replace(DDIM, guidance=Guidance(0.0))
     wanted = model.sample(negative, replace(DDIM, guidance=Guidance(1.0)), noise)
     assert_close(model.sample(cond, zero, noise, negative=negative), wanted, atol=1e-4, rtol=0)
+
+
+def test_the_context_is_prepared_once_and_both_halves_go_through_the_net_together():
+    """Heun's 7 evaluations stand at the levels 3 2 | 2 1 | 1 0 | 0, of which the interval leaves out the last."""
+    model, batch = make(diffusion=V), make_batch()
+    calls, rows = Counter[str](), list[int]()
+    prepared = [
+        name for name, _ in model.net.named_modules() if name.endswith(("text_proj", "add_k_proj", "add_v_proj"))
+    ]
+    assert len(prepared) > 6
+    for name in prepared:
+        model.net.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update([name]))
+    model.net.unet.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    how = DiffusionSampling(SamplerConfig(Sampler.heun, 7), Guidance(2.0, interval=(0.3, 1.0)))
+    model.sample(model.cond(batch), how, Noise([1, 2, 3, 4]))
+    assert calls == dict.fromkeys(prepared, 1)
+    assert rows == [8] * 5 + [4] * 2
+
+
+@pytest.mark.parametrize("sampler", [name for name in Sampler if name is not Sampler.analytic])
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_one_step_is_the_guided_prediction(sampler: Sampler, scale: float):
+    model, batch, noise = make(diffusion=V), make_batch(), Noise([1, 2, 3, 4])
+    cond, x_T = model.cond(batch), noise.normal((3, 8, 8), "x_T")
+    how = DiffusionSampling(SamplerConfig(sampler, 1), Guidance(scale))
+    context = guided_context(model.net, model._scaled(cond), replace(how, guidance=Guidance(2.0)))
+    with torch.no_grad():
+        given, nothing = model.net(torch.cat((x_T, x_T)), torch.full((8,), 999), context).chunk(2)
+    x0 = model.diffusion.schedule.x0_from_v(999, nothing + scale * (given - nothing), x_T)
+    assert (x0.abs() < 1).float().mean() > 0.3
+    assert_close(model.sample(cond, how, noise), x0.clamp(-1, 1), atol=1e-5, rtol=0)
 
 
 def test_larger_pictures_are_resized_and_smaller_ones_refused():

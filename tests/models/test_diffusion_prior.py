@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import DiffusionConfig, Predict
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import Sampler, SamplerConfig, sample
 from unclip.diffusion.schedule import ScheduleName
+from unclip.diffusion.settings import DiffusionConfig, Predict
 from unclip.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig, EmbeddingSpace, best_candidate
 from unclip.models.interface import Interface
 from unclip.models.sampling import DiffusionSampling, PriorSampling
@@ -330,6 +330,8 @@ def test_refused_settings():
         DiffusionSampling(SamplerConfig(Sampler.analytic))
     with pytest.raises(ValueError, match="no learned variance"):
         DiffusionPriorConfig(diffusion=DiffusionConfig(learned_variance=True, clip_range=1.0))
+    with pytest.raises(ValueError, match="a prior has none: set it to null"):
+        DiffusionPriorConfig(diffusion=DiffusionConfig(resolution=64))
     with pytest.raises(ValueError, match="num_candidates is 0"):
         PriorSampling(num_candidates=0)
     with pytest.raises(ValueError, match="image_emb and text_emb"):

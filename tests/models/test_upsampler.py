@@ -8,10 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import DiffusionConfig, Predict
-from unclip.diffusion.guidance import Guidance
+from unclip.diffusion.guidance import Guidance, Threshold
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import Sampler, SamplerConfig
+from unclip.diffusion.settings import DiffusionConfig, Predict
 from unclip.models.interface import Interface
 from unclip.models.pictures import blur, crop, resize, to_range
 from unclip.models.sampling import UpsamplerSampling
@@ -138,6 +138,23 @@ def test_trained_on_crops_it_runs_on_the_whole_and_alike_in_any_batch(patch: int
     assert (alone - together[4:5]).abs().mean() <= 1 / 255
 
 
+@pytest.mark.parametrize("sampler", [name for name in Sampler if name is not Sampler.analytic])
+@pytest.mark.parametrize("threshold", list(Threshold))
+def test_one_step_is_the_prediction_brought_into_range(sampler: Sampler, threshold: Threshold):
+    model, noise = make(diffusion=DiffusionConfig(predict=Predict.v, clip_range=1.0)), Noise(range(7))
+    low = 0.9 * torch.randn(7, 3, 8, 8, generator=torch.manual_seed(0)).clamp(-1, 1)
+    x_T = noise.normal((3, 32, 32), "x_T")
+    with torch.no_grad():
+        for parameter in model.net.unet.conv_out.parameters():
+            parameter.normal_(std=0.1)  # beyond the range here and there
+        output = model.net(x_T, torch.full((7,), 999), model.net.prepare(resize(low, 32)))
+    x0 = model.diffusion.schedule.x0_from_v(999, output, x_T)
+    assert 0.01 < (x0.abs() > 1).float().mean() < 0.7
+    how = UpsamplerSampling(SamplerConfig(sampler, 1), Guidance(threshold=threshold))
+    wanted = Guidance(threshold=threshold).limit(x0, 1.0).clamp(-1, 1)
+    assert_close(model.sample(low, how, noise), wanted, atol=1e-5, rtol=0)
+
+
 def test_training_and_sampling_resize_alike():
     model = make()
     model.net = Recorder()
@@ -179,9 +196,10 @@ def test_refused_settings():
         make().sample(torch.zeros(1, 3, 8, 8), replace(DDIM, noise_level=0.1), Noise([0]))
     with pytest.raises(ValueError, match="a standard deviation"):
         replace(DDIM, noise_level=-0.1)
+    for guidance in (Guidance(2.0), Guidance(interval=(0.2, 0.8)), Guidance(rescale=0.7)):
+        with pytest.raises(ValueError, match="nothing to guide by"):
+            replace(DDIM, guidance=guidance)
     model = make()
-    with pytest.raises(ValueError, match="nothing to guide by"):
-        model.sample(torch.zeros(1, 3, 8, 8), replace(DDIM, guidance=Guidance(2.0)), Noise([0]))
     with pytest.raises(ValueError, match="takes 8 pixels"):
         model.sample(torch.zeros(1, 3, 4, 4), DDIM, Noise([0]))
 

@@ -1,107 +1,21 @@
 """Training losses of a diffusion model, and the denoiser that samplers call."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from unclip.diffusion.bound import variational_bound
 from unclip.diffusion.guidance import Guidance, Threshold
 from unclip.diffusion.noise import Noise
-from unclip.diffusion.schedule import NoiseSchedule, ScheduleName, make_schedule
+from unclip.diffusion.schedule import NoiseSchedule, make_schedule
+from unclip.diffusion.settings import DiffusionConfig, Predict, Timesteps, Weighting
 
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, sec. 3.4
 STEPS_AT_ONCE = 25  # noise levels of one sample that the network sees together when statistics are gathered
 VLB_WEIGHT = 0.001  # lambda of L_hybrid (Nichol & Dhariwal 2021, eq. 16)
-
-
-class Predict(Enum):
-    """What the network's output means.
-
-    v: alpha eps - sigma x0 (Salimans & Ho 2022). flow: eps - x0, the velocity of flow matching (Lipman et al. 2023).
-    """
-
-    eps = "eps"
-    x0 = "x0"
-    v = "v"
-    flow = "flow"
-
-
-class Weighting(Enum):
-    """Weight of the squared error at each step.
-
-    simple: 1 (Ho et al. 2020, eq. 14). min_snr: min(SNR, 5) for the error in x0 (Hang et al. 2023). clamped_snr: the SNR
-    within [1, 5], so that noisy steps keep their part: max(SNR, 1) of Salimans & Ho (2022, sec. 4) with Min-SNR's limit.
-    """
-
-    simple = "simple"
-    min_snr = "min_snr"
-    clamped_snr = "clamped_snr"
-
-
-class Timesteps(Enum):
-    """How training steps are drawn: independently, or spread evenly over neighbouring samples of the stream."""
-
-    uniform = "uniform"
-    low_discrepancy = "low_discrepancy"
-
-
-@dataclass
-class DiffusionConfig:
-    """A diffusion model, apart from its network. Raises ValueError for settings that contradict each other."""
-
-    schedule: ScheduleName = ScheduleName.cosine
-    num_timesteps: int = 1000
-    predict: Predict = Predict.eps
-    learned_variance: bool = False
-    """The network has 2C output channels: the prediction, then the variance's place v in [-1, 1] between its bounds."""
-    weighting: Weighting = Weighting.simple
-    timesteps: Timesteps = Timesteps.uniform
-    clip_range: float | None = None
-    """Predicted x0 is limited to [-clip_range, clip_range] in sampling: 1.0 for pictures; None: unlimited."""
-    float32_tables: bool = False
-    """Compute the schedule in float32, as Karlo and diffusers do: for models imported from there."""
-    self_conditioning: bool = False
-    """The network also sees its last prediction of x0, in training every other time (Chen et al. 2023). Prior only."""
-
-    def __post_init__(self) -> None:
-        if self.num_timesteps < 1:
-            raise ValueError(f"num_timesteps is {self.num_timesteps}; a schedule needs at least one, usually 1000")
-        if self.clip_range is not None and self.clip_range <= 0:
-            raise ValueError(
-                f"clip_range is {self.clip_range}; give the data's largest |x0| (1.0 for pictures) or null"
-            )
-        if self.learned_variance and self.clip_range != 1.0:
-            raise ValueError(
-                "learned_variance scores step 0 as the likelihood of 8-bit pixels in [-1, 1]: "
-                "set clip_range=1.0 for pictures, or learned_variance=false for embeddings"
-            )
-        if ScheduleName(self.schedule) is ScheduleName.cosine_zero_snr:
-            if self.predict is Predict.eps:
-                raise ValueError("eps says nothing about x0 at zero SNR: set predict=v or x0, or schedule=cosine")
-            if self.weighting is Weighting.min_snr:
-                raise ValueError("min_snr never trains the zero-SNR step: set weighting=simple, or schedule=cosine")
-        self._check_flow()
-
-    def _check_flow(self) -> None:
-        is_flow = ScheduleName(self.schedule) is ScheduleName.flow
-        if self.predict is Predict.flow and not is_flow:
-            raise ValueError("predict=flow is the velocity of a straight line: set schedule=flow")
-        if not is_flow:
-            return
-        if self.predict in (Predict.eps, Predict.v):
-            raise ValueError(
-                f"schedule=flow ends in pure noise, on a straight line: set predict=flow or x0, not {self.predict.name}"
-            )
-        if self.learned_variance:
-            raise ValueError("learned variances are bounded by those of the cosine and linear schedules, not of flow")
-        if self.weighting is not Weighting.simple:
-            raise ValueError(
-                f"schedule=flow is trained with equal weights: set weighting=simple, not {self.weighting.name}"
-            )
 
 
 class Context(Protocol):
@@ -154,7 +68,7 @@ class GaussianDiffusion:
     def __init__(self, cfg: DiffusionConfig) -> None:
         self.cfg = cfg
         dtype = torch.float32 if cfg.float32_tables else torch.float64
-        self.schedule = make_schedule(cfg.schedule, cfg.num_timesteps, dtype=dtype)
+        self.schedule = make_schedule(cfg.schedule, cfg.num_timesteps, resolution=cfg.resolution, dtype=dtype)
 
     def losses(
         self, net: Net, x0: Tensor, context: Any, noise: Noise, *, num_draws: int | None = None
@@ -231,22 +145,29 @@ class GaussianDiffusion:
         *,
         shape: tuple[int, ...],
         guidance: Guidance | None = None,
+        sample_dims: int | None = None,
         x0_var: Tensor | None = None,
     ) -> "NetDenoiser":
         """As `denoiser`, of a network that prepared itself for the steps of ``schedule``.
 
+        sample_dims: how many of the last dimensions of ``shape`` are one sample's, where candidates come first; None: all.
         x0_var: (T,) Var[x0 | x_t] at every training step, a number's average: gives analytic variances.
         """
         guidance = guidance or Guidance()
         if guidance.threshold is Threshold.dynamic and self.cfg.clip_range is None:
             raise ValueError("dynamic thresholding needs a known range: set guidance.threshold=none, or clip_range")
-        return NetDenoiser(self, branches, shape, schedule, guidance, x0_var)
+        return NetDenoiser(self, branches, shape, schedule, guidance, sample_dims or len(shape), x0_var)
 
     def draw_steps(self, noise: Noise, num_draws: int | None = None) -> Tensor:
-        """(B,) or (B, num_draws) int64: training steps, uniform over the schedule."""
+        """(B,) or (B, num_draws) int64: training steps."""
         shape = () if num_draws is None else (num_draws,)
-        low_discrepancy = self.cfg.timesteps is Timesteps.low_discrepancy
-        u = noise.low_discrepancy(shape, "step") if low_discrepancy else noise.uniform(shape, "step")
+        match self.cfg.timesteps:
+            case Timesteps.uniform:
+                u = noise.uniform(shape, "step")
+            case Timesteps.low_discrepancy:
+                u = noise.low_discrepancy(shape, "step")
+            case Timesteps.logit_normal:
+                u = noise.normal(shape, "step").sigmoid()
         return (u * len(self.schedule)).long().clamp(max=len(self.schedule) - 1)
 
     def split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -294,13 +215,18 @@ class GaussianDiffusion:
                 return schedule.x0_from_flow(step, output, x_t)
 
     def weight(self, step: Tensor) -> Tensor:
-        """The squared error's weight at each step, shaped like step. The clamped SNR is the weight of the error in x0;
-        an error in eps is SNR times, one in v is SNR + 1 times as large (Hang et al. 2023, sec. 3.4)."""
+        """The squared error's weight at each step, shaped like step. Weightings are those of the error in x0; an error in
+        eps is SNR times, one in v is SNR + 1 times as large (Hang et al. 2023, sec. 3.4)."""
         snr = self.schedule.snr[step]
-        if self.cfg.weighting is Weighting.simple:
-            return torch.ones_like(snr)
-        lowest = 1.0 if self.cfg.weighting is Weighting.clamped_snr else None
-        weight = snr.clamp(min=lowest, max=MIN_SNR_GAMMA)
+        match self.cfg.weighting:
+            case Weighting.simple:
+                return torch.ones_like(snr)
+            case Weighting.min_snr:
+                weight = snr.clamp(max=MIN_SNR_GAMMA)
+            case Weighting.clamped_snr:
+                weight = snr.clamp(min=1.0, max=MIN_SNR_GAMMA)
+            case Weighting.p2:
+                weight = snr / (1 + snr)
         match self.cfg.predict:
             case Predict.eps:
                 return weight / snr
@@ -336,10 +262,11 @@ class NetDenoiser:
         shape: tuple[int, ...],
         schedule: NoiseSchedule,
         guidance: Guidance,
+        sample_dims: int,
         x0_var: Tensor | None,
     ) -> None:
         self.diffusion, self.branches, self.shape, self.schedule = diffusion, branches, shape, schedule
-        self.guidance = guidance
+        self.guidance, self.sample_dims = guidance, sample_dims
         self.x0_var = None if x0_var is None else x0_var[schedule.timesteps.to(x0_var.device)]
 
     def __call__(self, x_t: Tensor, step: int, last: Prediction | None = None) -> Prediction:
@@ -351,48 +278,12 @@ class NetDenoiser:
             x0_last = (torch.zeros_like(x_t) if last is None else last.x0,)
         output, fraction = self.diffusion.split(self.branches(x_t, step, guided, *x0_last))
         if guided:
-            output = self.guidance.combine(*output.chunk(2))
+            output = self.guidance.combine(*output.chunk(2), self.sample_dims)
         x0 = self.diffusion.to_x0(schedule, step, output, x_t)
-        return Prediction(
-            self.guidance.limit(x0, self.diffusion.cfg.clip_range), self._log_var(step, fraction, len(x_t))
-        )
+        x0 = self.guidance.limit(x0, self.diffusion.cfg.clip_range, self.sample_dims)
+        return Prediction(x0, self._log_var(step, fraction, len(x_t)))
 
     def _log_var(self, step: int, fraction: Tensor | None, rows: int) -> Tensor | None:
         if self.x0_var is not None:
             return self.schedule.analytic_log_var(step, self.x0_var[step])
         return None if fraction is None else self.schedule.interpolated_log_var(step, fraction[:rows])
-
-
-def variational_bound(
-    schedule: NoiseSchedule, step: Tensor, x0: Tensor, x_t: Tensor, x0_pred: Tensor, log_var: Tensor
-) -> Tensor:
-    """(B,) one term of the variational bound, in bits per dimension (Ho et al. 2020, eq. 5), computed in float32.
-
-    KL(q(x_{t-1} | x_t, x0) || p(x_{t-1} | x_t)), and at step 0 -log p(x0 | x_1), with x0 8-bit pixels in [-1, 1].
-    """
-    true = schedule.posterior(step, x0, x_t)
-    mean = schedule.posterior(step, x0_pred, x_t).mean
-    kl = gaussian_kl(true.mean, true.log_var, mean, log_var).flatten(1).mean(1)
-    nll = -pixel_log_likelihood(x0, mean, log_var).flatten(1).mean(1)
-    return torch.where(step == 0, nll, kl) / math.log(2)
-
-
-def gaussian_kl(mean_q: Tensor, log_var_q: Tensor, mean_p: Tensor, log_var_p: Tensor) -> Tensor:
-    """KL(N(mean_q, e^log_var_q) || N(mean_p, e^log_var_p)) of each element, in nats."""
-    spread = log_var_p - log_var_q + (log_var_q - log_var_p).exp() - 1
-    return 0.5 * (spread + (mean_q - mean_p) ** 2 * (-log_var_p).exp())
-
-
-def pixel_log_likelihood(x: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """Nats: log N(mean, e^log_var) of the 2/255 wide bin around each 8-bit pixel x in [-1, 1] (Ho et al. 2020, eq. 13).
-
-    The outermost bins reach to infinity. Below 1e-12 the probability counts as 1e-12.
-    """
-    inverse_std = (-0.5 * log_var).exp()
-    upper = (x - mean + 1 / 255) * inverse_std
-    lower = (x - mean - 1 / 255) * inverse_std
-    inside = (torch.special.ndtr(upper) - torch.special.ndtr(lower)).clamp(min=1e-12).log()
-    floor = math.log(1e-12)
-    darkest = torch.special.log_ndtr(upper).clamp(min=floor)
-    brightest = torch.special.log_ndtr(-lower).clamp(min=floor)
-    return torch.where(x < -0.999, darkest, torch.where(x > 0.999, brightest, inside))

@@ -196,7 +196,7 @@ def heun(denoiser: Denoiser, noise: Noise, *, x_T: Tensor | None = None, num_eva
 
 
 def _towards(schedule: NoiseSchedule, step: int, x_t: Tensor, x0: Tensor) -> Tensor:
-    """x at the next cleaner step if x0 does not change on the way: the flow's exact solution (Lu et al. 2022, eq. 9)."""
+    """x at the next cleaner step if x0 does not change on the way: the flow's exact solution (Lu et al. 2022, prop. 4.1)."""
     h = schedule.half_log_snr[step - 1] - schedule.half_log_snr[step]
     ratio = schedule.sigma_prev[step] / schedule.sigma[step]
     return ratio * x_t - schedule.alpha_prev[step] * torch.expm1(-h) * x0
@@ -214,10 +214,10 @@ def _extrapolated(schedule: NoiseSchedule, step: int, here: Prediction, last: Pr
 def _interpolated(
     schedule: NoiseSchedule, step: int, there: Prediction, here: Prediction, last: Prediction | None
 ) -> Tensor:
-    """The x0 of a step from `here` to `there`, with the slopes to `there` and `last` (Zhao et al. 2023, UniC-2, eq. 8).
+    """The x0 of a step from `here` to `there`, with the slopes to `there` and `last` (Zhao et al. 2023, UniC-2).
 
-    Their weights a1, a2 solve sum a r^(k-1) = b_k, where r is the place of `there` (1) and `last` in steps of h; UniC-1 takes
-    1/2, as the authors' code does.
+    With r the place of `last` in steps of h, their weights a solve a1 + a2 = b1 and r a1 + a2 = b2. UniC-1 takes 1/2, as the
+    authors' code does.
     """
     if last is None:
         return (here.x0 + there.x0) / 2

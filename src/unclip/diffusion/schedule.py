@@ -8,6 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+BASE_RESOLUTION = 64  # at which a shifted schedule is not shifted (Hoogeboom et al. 2023, sec. 3.1)
 Step = int | Tensor  # index of a schedule, 0 = cleanest; one int for all rows, or a (B,) or (B, K) int64 tensor
 
 
@@ -86,9 +87,14 @@ class NoiseSchedule:
         return cls(torch.cumprod(1 - beta, dim=0), beta, torch.arange(len(beta)))
 
     @classmethod
-    def straight(cls, num_timesteps: int, dtype: torch.dtype) -> "NoiseSchedule":
-        """alpha = 1 - t, sigma = t for t = 1/T, 2/T, ... 1: the last step is pure noise."""
+    def straight(cls, num_timesteps: int, dtype: torch.dtype, shift: float = 1.0) -> "NoiseSchedule":
+        """alpha = 1 - t, sigma = t for t = 1/T, 2/T, ... 1: the last step is pure noise.
+
+        shift: multiplies sigma / alpha, which moves t on the line (Esser et al. 2024, eq. 23).
+        """
         sigma = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        if shift != 1.0:
+            sigma = shift * sigma / (1 + (shift - 1) * sigma)
         alpha_bar, noise = ((1 - sigma) ** 2).to(dtype), (sigma**2).to(dtype)
         return cls(alpha_bar, _transition_var(alpha_bar, noise), torch.arange(num_timesteps), noise=noise)
 
@@ -169,21 +175,30 @@ class NoiseSchedule:
         return values.reshape(values.shape + (1,) * (x.ndim - values.ndim))
 
 
-def make_schedule(name: ScheduleName | str, num_timesteps: int, *, dtype: torch.dtype = torch.float64) -> NoiseSchedule:
+def make_schedule(
+    name: ScheduleName | str,
+    num_timesteps: int,
+    *,
+    resolution: int | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> NoiseSchedule:
     """A training schedule of num_timesteps steps.
 
+    resolution: side of the pictures; adds 2 log(64 / resolution) to the log-SNR (Hoogeboom et al. 2023, sec. 3.1).
     dtype: what the tables are computed in. float32 repeats the rounding of Karlo and diffusers (of 1 - alpha_bar at
     step 0 it keeps three digits), for the numbers of models trained there.
     """
+    shift = 1.0 if resolution is None else resolution / BASE_RESOLUTION
     match ScheduleName(name):
         case ScheduleName.linear:
-            return NoiseSchedule.from_betas(_linear_betas(num_timesteps).to(dtype))
+            beta = _linear_betas(num_timesteps)
         case ScheduleName.cosine:
-            return NoiseSchedule.from_betas(_cosine_betas(num_timesteps).to(dtype))
+            beta = _cosine_betas(num_timesteps)
         case ScheduleName.cosine_zero_snr:
-            return NoiseSchedule.from_betas(_zero_terminal_snr(_cosine_betas(num_timesteps)).to(dtype))
+            beta = _zero_terminal_snr(_cosine_betas(num_timesteps))
         case ScheduleName.flow:
-            return NoiseSchedule.straight(num_timesteps, dtype)
+            return NoiseSchedule.straight(num_timesteps, dtype, shift)
+    return NoiseSchedule.from_betas((beta if shift == 1.0 else _shifted(beta, shift)).to(dtype))
 
 
 def _linear_betas(num_timesteps: int) -> Tensor:
@@ -203,6 +218,13 @@ def _zero_terminal_snr(beta: Tensor) -> Tensor:
     """(T,) betas, shifted and scaled so that alpha ends at 0 and starts where it did (Lin et al. 2024, algorithm 1)."""
     alpha = torch.cumprod(1 - beta, dim=0).sqrt()
     alpha_bar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
+    return 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
+
+
+def _shifted(beta: Tensor, shift: float) -> Tensor:
+    """(T,) betas of the schedule with `shift` times the sigma / alpha."""
+    alpha_bar = torch.cumprod(1 - beta, dim=0)
+    alpha_bar = alpha_bar / (alpha_bar + shift**2 * (1 - alpha_bar))
     return 1 - alpha_bar / torch.cat([torch.ones_like(alpha_bar[:1]), alpha_bar[:-1]])
 
 

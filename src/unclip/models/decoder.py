@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import DiffusionConfig, GaussianDiffusion
+from unclip.diffusion.gaussian import GaussianDiffusion
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, SamplerConfig, sample
+from unclip.diffusion.settings import DiffusionConfig
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import training_pictures
 from unclip.models.sampling import DiffusionSampling

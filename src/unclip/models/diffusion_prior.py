@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import DiffusionConfig, GaussianDiffusion, Predict
+from unclip.diffusion.gaussian import GaussianDiffusion
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, Sampler, sample
+from unclip.diffusion.settings import DiffusionConfig, Predict
 from unclip.errors import ConfigError
 from unclip.models.decoder import cut_to
 from unclip.models.interface import Interface, PriorConfig
@@ -63,6 +64,8 @@ class DiffusionPriorConfig(PriorConfig):
             raise ValueError("num_components belongs to embedding_space=pca: remove it, or set embedding_space=pca")
         if self.num_components is not None and self.num_components < 1:
             raise ValueError(f"num_components is {self.num_components}; it must be at least 1")
+        if self.diffusion.resolution is not None:
+            raise ValueError("diffusion.resolution is that of pictures; a prior has none: set it to null")
         if self.diffusion.learned_variance:
             raise ValueError("the prior has no learned variance: set diffusion.learned_variance=false")
         if not 0 <= self.drop_text <= 1:
@@ -196,6 +199,7 @@ class DiffusionPrior(nn.Module):
             schedule,
             shape=(how.num_candidates, self.num_channels),
             guidance=how.guidance,
+            sample_dims=1,
             x0_var=self._variances(how),
         )
         drawn = self.decode(sample(how.sampler, denoiser, noise, on_step=on_step))

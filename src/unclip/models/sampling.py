@@ -16,7 +16,7 @@ class NoSampling:
 
 @dataclass
 class DiffusionSampling:
-    """Sampler and guidance of a decoder or an upsampler (which has no guidance: its scale must be 1)."""
+    """Sampler and guidance of a decoder."""
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     guidance: Guidance = field(default_factory=Guidance)
@@ -41,12 +41,16 @@ class PriorSampling(DiffusionSampling):
 
 @dataclass
 class UpsamplerSampling(DiffusionSampling):
-    """``noise_level``: deviation of the noise that covers the base's faults; for upsamplers trained with noise."""
+    """There is nothing to guide by; ``guidance.threshold`` still limits the predicted picture.
+
+    ``noise_level``: deviation of the noise that covers the base's faults; for upsamplers trained with noise."""
 
     noise_level: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.guidance.scale != 1.0 or self.guidance.interval is not None or self.guidance.rescale:
+            raise ValueError("an upsampler has nothing to guide by: leave out guidance.scale, interval and rescale")
         if self.noise_level < 0:
             raise ValueError(f"noise_level is {self.noise_level}, a standard deviation; 0 adds no noise")
 
@@ -76,6 +80,8 @@ class ARSampling:
             raise ValueError(f"top_p is {self.top_p}; it is a share, above 0 and at most 1")
         if self.temperature == 0 and self.top_p < 1:
             raise ValueError("top_p has no effect at temperature=0, which takes the likeliest bucket; leave out one")
+        if not 0 <= self.guidance_scale < float("inf"):
+            raise ValueError(f"guidance_scale is {self.guidance_scale}; it must be at least 0, 1 being none")
         if self.num_candidates < 1:
             raise ValueError(f"num_candidates is {self.num_candidates}; it must be at least 1")
 

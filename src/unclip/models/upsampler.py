@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import DiffusionConfig, GaussianDiffusion, Predict
+from unclip.diffusion.gaussian import GaussianDiffusion
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, Sampler, SamplerConfig, sample
+from unclip.diffusion.settings import DiffusionConfig, Predict
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import blur, crop, resize, training_pictures
 from unclip.models.sampling import UpsamplerSampling
@@ -120,8 +121,6 @@ class Upsampler(nn.Module):
         on_step: OnStep | None = None,
     ) -> Tensor:
         """low (B, 3, low_size, low_size) in [-1, 1] to (B, 3, image_size, image_size) in [-1, 1]."""
-        if how.guidance.scale != 1.0:
-            raise ValueError("an upsampler has nothing to guide by: set its guidance.scale=1")
         if low.shape[-2:] != (self.cfg.low_size, self.cfg.low_size):
             raise ValueError(
                 f"the upsampler takes {self.cfg.low_size} pixels a side, the picture has {tuple(low.shape[-2:])}"
@@ -132,7 +131,9 @@ class Upsampler(nn.Module):
         low = self._noised(low.float(), level, noise)
         context = self.net.prepare(resize(low, self.cfg.image_size), level)
         shape = (3, self.cfg.image_size, self.cfg.image_size)
-        denoiser = self.diffusion.denoiser(self.net, context, shape=shape, num_steps=how.sampler.num_levels)
+        denoiser = self.diffusion.denoiser(
+            self.net, context, shape=shape, num_steps=how.sampler.num_levels, guidance=how.guidance
+        )
         return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)
 
     def _noised(self, low: Tensor, level: Tensor, noise: Noise) -> Tensor:
