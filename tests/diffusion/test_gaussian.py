@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 
-from unclip.diffusion import DiffusionConfig, GaussianDiffusion, Noise, Predict, Timesteps, Weighting
+from unclip.diffusion import DiffusionConfig, GaussianDiffusion, Noise, Predict, ScheduleName, Timesteps, Weighting
 from unclip.diffusion.bound import gaussian_kl, pixel_log_likelihood, variational_bound
 
 VP = [Predict.eps, Predict.x0, Predict.v]  # of the variance-preserving schedules
@@ -58,10 +58,14 @@ def test_a_worse_network_has_a_larger_loss(exact_net, means):
     assert worse > best + 5 * error
 
 
-@pytest.mark.parametrize("predict", VP)
-def test_bound_at_the_optimum_is_the_gap_between_the_variances(predict, exact_net, means):
+@pytest.mark.parametrize(
+    ("predict", "schedule"),
+    [*((predict, name) for predict in VP for name in ("cosine", "linear")), *((p, "cosine_zero_snr") for p in VP[1:])],
+)
+def test_bound_at_the_optimum_is_the_gap_between_the_variances(predict, schedule, exact_net, means):
     """With the true reverse variance v* = beta~ + c² Var[x0 | x_t], the mean KL is log(v* / beta~) / 2."""
-    diffusion = GaussianDiffusion(DiffusionConfig(predict=predict, learned_variance=True, clip_range=1.0))
+    cfg = DiffusionConfig(ScheduleName(schedule), predict=predict, learned_variance=True, clip_range=1.0)
+    diffusion = GaussianDiffusion(cfg)
     net, schedule = exact_net(diffusion, STD), diffusion.schedule
     for t in (1, 10, 300, 700, 990):
         noise = Noise.at(t, range(4096))
