@@ -172,7 +172,7 @@ def test_refused_settings():
         UpsamplerConfig(diffusion=DiffusionConfig(self_conditioning=True))
     with pytest.raises(ValueError, match="raise max_noise or lower the level"):
         UpsamplerConfig(max_noise=0.1, sampling=replace(DDIM, noise_level=0.2))
-    with pytest.raises(ValueError, match=r"above 0\.0, the training's max_noise"):
+    with pytest.raises(ValueError, match=r"training knows noise up to max_noise=0\.0"):
         make().sample(torch.zeros(1, 3, 8, 8), replace(DDIM, noise_level=0.1), Noise([0]))
     with pytest.raises(ValueError, match="a standard deviation"):
         replace(DDIM, noise_level=-0.1)

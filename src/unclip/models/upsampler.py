@@ -90,7 +90,9 @@ class UpsamplerConfig(ModelConfig):
             )
         for name, size in (("tile", how.tile or 0), ("tile_overlap", how.tile_overlap if how.tile else 0)):
             if size % self.net.stride:
-                raise ValueError(f"sampling.{name} is {size} pixels, not a multiple of {self.net.stride}, the net's stride")
+                raise ValueError(
+                    f"sampling.{name} is {size} pixels, not a multiple of {self.net.stride}, the net's stride"
+                )
 
     @property
     def crop_size(self) -> int:

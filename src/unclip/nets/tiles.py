@@ -86,7 +86,9 @@ class _Norms:
         """Inside, the norms use the means of what was gathered. Raises RuntimeError if a norm was not called then."""
         silent = len(self.layers) - len(self._sums)
         if silent:
-            raise RuntimeError(f"{silent} of {len(self.layers)} group norms of the net were not called by its forward pass")
+            raise RuntimeError(
+                f"{silent} of {len(self.layers)} group norms of the net were not called by its forward pass"
+            )
         with self._hooked(self._normalise):
             yield
 
