@@ -24,8 +24,8 @@ FULL, LIGHT = STRENGTHS[Bsr.full], STRENGTHS[Bsr.light]
 
 
 def smooth(size: int = 64, count: int = 1) -> Tensor:
-    """(count, 3, size, size) in [0, 1] without fine detail."""
-    coarse = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    """Grey (count, 3, size, size) in [0, 1] without fine detail."""
+    coarse = torch.rand(count, 1, 5, 5, generator=torch.Generator().manual_seed(0)).expand(-1, 3, -1, -1)
     return F.interpolate(coarse, (size, size), mode="bicubic", align_corners=True).clamp(0, 1)
 
 

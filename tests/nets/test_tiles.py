@@ -1,5 +1,7 @@
 """Tiles that overlap against the whole picture."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,9 @@ from unclip.nets.tiles import _Norms, blend, in_tiles, places, places_along
 from unclip.nets.unet import UNetConfig
 
 
-@pytest.mark.parametrize(("length", "tile", "overlap"), [(16, 16, 4), (64, 16, 4), (64, 16, 8), (60, 16, 0), (24, 32, 8)])
+@pytest.mark.parametrize(
+    ("length", "tile", "overlap"), [(16, 16, 4), (64, 16, 4), (64, 16, 8), (60, 16, 0), (24, 32, 8)]
+)
 def test_tiles_cover_a_side_and_their_weights_sum_to_one(length: int, tile: int, overlap: int):
     tiles = places_along(length, tile, overlap)
     weights = blend(tiles)
@@ -19,7 +23,7 @@ def test_tiles_cover_a_side_and_their_weights_sum_to_one(length: int, tile: int,
         total[part] += weights[part.start]
     assert_close(total, torch.ones(length))
     assert (tiles[0].start, tiles[-1].stop) == (0, length)
-    assert all(b.start < a.stop if overlap else b.start <= a.stop for a, b in zip(tiles, tiles[1:], strict=False))
+    assert all(b.start < a.stop if overlap else b.start <= a.stop for a, b in itertools.pairwise(tiles))
     assert weights[0][0] == 1, "at the picture's own edge there is nothing to blend with"
 
 
@@ -58,7 +62,9 @@ def test_one_tile_is_the_net_itself():
 
 @torch.no_grad()
 def test_with_the_whole_pictures_norms_the_tiles_middles_are_the_whole_picture():
-    net = random_net(UNetConfig([16], 1, groups=8, scale_shift=False))  # sees 8 pixels far: 9 convolutions of 3x3, less one
+    net = random_net(
+        UNetConfig([16], 1, groups=8, scale_shift=False)
+    )  # sees 8 pixels far: 9 convolutions of 3x3, less one
     x_t, low = torch.randn(1, 3, 48, 64), smooth(48, 64)
     context, timestep = net.prepare(low), torch.tensor([300])
     norms = _Norms(net)
@@ -78,7 +84,9 @@ def border_ratio(picture: Tensor, tile: int, overlap: int) -> float:
     across, elsewhere = [], []
     for axis in (2, 3):
         gradient = picture.diff(dim=axis).abs().mean(dim=(0, 1, 5 - axis))
-        edges = {place for part in places_along(picture.shape[axis], tile, overlap) for place in (part.start, part.stop)}
+        edges = {
+            place for part in places_along(picture.shape[axis], tile, overlap) for place in (part.start, part.stop)
+        }
         at = torch.tensor([place + 1 in edges for place in range(len(gradient))])
         across.append(gradient[at])
         elsewhere.append(gradient[~at])

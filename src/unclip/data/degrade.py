@@ -25,7 +25,11 @@ HALVED = 0.25  # share of pictures halved before the rest, where the scale is 4 
 DOWN_UP = 0.25  # share of pictures that take a detour over a third size
 COMPRESSED = 0.75  # share of pictures with JPEG among the shuffled operations, beside the last one
 GENERAL, GREY = 0.2, 0.4  # shares of correlated and of grey noise; the rest is independent between channels
-RESIZES = ("area", "bilinear", "bicubic")  # without antialiasing; "nearest" moves a picture by half a pixel
+RESIZES = (
+    ("bilinear", True),
+    ("bilinear", False),
+    ("bicubic", False),
+)  # with antialiasing? "nearest" would move a picture
 NUM_DRAWS = 32
 
 
@@ -159,9 +163,10 @@ def as_jpeg(picture: Tensor, strength: Strength, quality: float) -> Tensor:
 
 
 def _resized(picture: Tensor, size: int, kind: float) -> Tensor:
-    mode = RESIZES[int(kind * len(RESIZES))]
-    align = None if mode == "area" else False
-    return F.interpolate(picture[None], (size, size), mode=mode, align_corners=align)[0].clamp_(0, 1)
+    mode, antialias = RESIZES[int(kind * len(RESIZES))]
+    return F.interpolate(picture[None], (size, size), mode=mode, antialias=antialias, align_corners=False)[0].clamp_(
+        0, 1
+    )
 
 
 def _kernel_size(size: float) -> int:

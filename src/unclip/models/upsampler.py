@@ -1,7 +1,6 @@
 """The upsamplers: a small picture to a larger one, by convolutions only (paper §2.1, last paragraph)."""
 
 import math
-from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,10 +113,9 @@ class Upsampler(nn.Module):
         self.net = UpsamplerNet(cfg.net, out_channels, noise_conditioning=cfg.max_noise > 0)
         self.last_net: UpsamplerNet | None = None
         if cfg.last_steps:
-            self.last_net = deepcopy(self.net)
+            self.last_net = UpsamplerNet(cfg.net, out_channels, noise_conditioning=cfg.max_noise > 0)
             self.net.requires_grad_(False)
-            schedule = self.diffusion.schedule.respaced(cfg.sampling.sampler.num_steps)
-            self.last_diffusion = _LastSteps(cfg.diffusion, int(schedule.timesteps[cfg.last_steps]))
+            self.last_diffusion = _LastSteps(cfg.diffusion, cfg.last_steps / (cfg.sampling.sampler.num_steps - 1))
 
     def fit(self, embeddings: Any) -> None:
         """Before training: with a second net, take both nets' weights from the run ``first``. ConfigError for another's."""
@@ -167,9 +165,11 @@ class Upsampler(nn.Module):
 
     @torch.no_grad()
     def sample(self, low: Tensor, how: UpsamplerSampling, noise: Noise, x_T: Tensor | None = None) -> Tensor:
-        """low (B, 3, h, w) in [-1, 1], of low_size pixels a side or more, to (B, 3, H, W) in [-1, 1].
+        """low (B, 3, h, w) in [-1, 1] to a picture larger by image_size / low_size, in [-1, 1].
 
-        Both sides grow by image_size / low_size. A low-resolution picture that is not finite gives one that is not.
+        Trained for h = w = low_size, the convolutions take any size of which the result is a multiple of the net's stride.
+        Raises ValueError for other sizes, and for settings that do not go with the model's. What is not finite in a row of
+        ``low`` spoils that row alone: on a CPU it is refused, a GPU would have to wait for it to be seen.
         """
         self.cfg.check(how)
         size = self._grown(low)
@@ -181,20 +181,17 @@ class Upsampler(nn.Module):
         return sample(how.sampler, denoiser, noise, x_T=x_T).clamp(-1, 1)
 
     def _grown(self, low: Tensor) -> tuple[int, int]:
-        """Height and width of the large picture; ValueError where the net has none."""
-        height, width = low.shape[-2:]
-        if min(height, width) < self.cfg.low_size:
+        """Height and width of the large picture; ValueError where the net has none, or where nothing is there to enlarge."""
+        scale, stride = self.cfg.image_size // self.cfg.low_size, self.cfg.net.stride
+        height, width = (scale * side for side in low.shape[-2:])
+        if height % stride or width % stride:
+            raise ValueError(f"the upsampler cannot make {width}x{height}: both must be multiples of {stride}")
+        if low.device.type == "cpu" and not low.isfinite().all():
+            rows = (~low.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
             raise ValueError(
-                f"the upsampler takes {self.cfg.low_size} pixels a side or more, the picture has {(height, width)}"
+                f"rows {rows} of the low-resolution pictures hold numbers that are not finite; draw them again"
             )
-        scale = self.cfg.image_size // self.cfg.low_size
-        size, stride = (scale * height, scale * width), self.cfg.net.stride
-        if size[0] % stride or size[1] % stride:
-            raise ValueError(
-                f"a picture of {(height, width)} pixels becomes one of {size}, but sides must be multiples of {stride}, the "
-                "net's stride: cut it to such a size"
-            )
-        return size
+        return height, width
 
     def _noised(self, low: Tensor, level: Tensor, noise: Noise) -> Tensor:
         if not self.cfg.max_noise:
@@ -214,11 +211,11 @@ class Upsampler(nn.Module):
 
 
 class _LastSteps(GaussianDiffusion):
-    """Training steps below ``limit``, the last one that the first net takes in sampling, spread as over all."""
+    """The first ``share`` of the training steps, up to the last one that the first net takes; spread as over all."""
 
-    def __init__(self, cfg: DiffusionConfig, limit: int) -> None:
+    def __init__(self, cfg: DiffusionConfig, share: float) -> None:
         super().__init__(cfg)
-        self.limit = limit
+        self.limit = round(share * (len(self.schedule) - 1))  # as NoiseSchedule.respaced rounds
 
     def draw_steps(self, noise: Noise, num_draws: int | None = None) -> Tensor:
         return super().draw_steps(noise, num_draws) * self.limit // len(self.schedule)
