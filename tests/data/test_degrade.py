@@ -84,7 +84,7 @@ def test_jpeg_is_that_of_other_encoders_and_its_quality_counts():
         pixels = (picture * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
         Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling="4:2:0")
         theirs = torch.from_numpy(np.asarray(Image.open(buffer)).copy()).permute(2, 0, 1) / 255
-        assert (found - theirs).abs().mean() < 1 / 255
+        assert (found - theirs).abs().mean() < 2 / 255, "as near as fast transforms are to exact ones"
         errors.append((found - picture).abs().mean())
     assert errors[0] > 1.5 * errors[1] > 0
 
@@ -111,11 +111,11 @@ def test_degraded_pictures_show_the_same_place_and_full_is_stronger(bsr: Bsr):
 
 
 def test_full_is_stronger_than_light_and_light_stays_near_the_plain_picture():
-    pictures = smooth(count=40)
-    plain = F.interpolate(pictures, (16, 16), mode="bicubic", antialias=True) * 255
-    light, full = (Degrade(bsr, 64, 16, 0)(batch_of(pictures)).column("low").float() for bsr in (Bsr.light, Bsr.full))
+    pictures = smooth(160, count=30)
+    plain = F.interpolate(pictures, (40, 40), mode="bicubic", antialias=True) * 255
+    light, full = (Degrade(bsr, 160, 40, 0)(batch_of(pictures)).column("low").float() for bsr in (Bsr.light, Bsr.full))
     errors = [(low - plain).abs().mean(dim=(1, 2, 3)) for low in (light, full)]
-    assert 0.3 < errors[0].mean() < 4
+    assert 0.3 < errors[0].mean() < 6
     assert errors[1].mean() > 2 * errors[0].mean()
     assert errors[1].std() > 1, "each picture has strengths of its own"
 

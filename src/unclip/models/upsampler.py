@@ -1,7 +1,7 @@
 """The upsamplers: a small picture to a larger one, by convolutions only (paper §2.1, last paragraph)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,22 +76,27 @@ class UpsamplerConfig(ModelConfig):
         self.check(self.sampling)
 
     def check(self, how: UpsamplerSampling) -> None:
-        """ValueError for sampling settings that do not go with these."""
+        """ConfigError for sampling settings that do not go with these."""
         if how.noise_level > self.max_noise:
-            raise ValueError(
+            raise ConfigError(
                 f"sampling.noise_level is {how.noise_level}, but training knows noise up to "
                 f"max_noise={self.max_noise}: raise max_noise or lower the level"
             )
         if how.sampler.num_steps <= self.last_steps:
-            raise ValueError(
+            raise ConfigError(
                 f"sampling.sampler.num_steps is {how.sampler.num_steps}, of which the second net takes {self.last_steps}: "
                 "nothing is left for the first one; take more steps"
             )
         for name, size in (("tile", how.tile or 0), ("tile_overlap", how.tile_overlap if how.tile else 0)):
             if size % self.net.stride:
-                raise ValueError(
+                raise ConfigError(
                     f"sampling.{name} is {size} pixels, not a multiple of {self.net.stride}, the net's stride"
                 )
+
+    def kind_of_net(self) -> tuple[Any, ...]:
+        """What two upsamplers share of which one's net may take over from the other's."""
+        net = replace(self.net, dropout=0.0, gradient_checkpointing=False)
+        return self.low_size, self.image_size, net, self.diffusion, self.max_noise > 0
 
     @property
     def crop_size(self) -> int:
@@ -130,8 +135,7 @@ class Upsampler(nn.Module):
 
         first, _ = artifact.load(self.cfg.first, kind="upsampler")
         assert isinstance(first, Upsampler)
-        mine, theirs = ((cfg.low_size, cfg.image_size, cfg.net, cfg.diffusion) for cfg in (self.cfg, first.cfg))
-        if mine != theirs or (self.cfg.max_noise > 0) != (first.cfg.max_noise > 0):
+        if self.cfg.kind_of_net() != first.cfg.kind_of_net():
             raise ConfigError(
                 f"the upsampler of model.first={self.cfg.first} has other sizes, another net or another diffusion than "
                 "this run; give the settings that it was trained with, and model.last_steps beside them"
@@ -168,7 +172,7 @@ class Upsampler(nn.Module):
         """low (B, 3, h, w) in [-1, 1] to a picture larger by image_size / low_size, in [-1, 1].
 
         Trained for h = w = low_size, the convolutions take any size of which the result is a multiple of the net's stride.
-        Raises ValueError for other sizes, and for settings that do not go with the model's. What is not finite in a row of
+        Raises ValueError for other sizes, ConfigError for settings that do not go with the model's. What is not finite in a row of
         ``low`` spoils that row alone: on a CPU it is refused, a GPU would have to wait for it to be seen.
         """
         self.cfg.check(how)
