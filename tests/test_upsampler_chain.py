@@ -35,7 +35,8 @@ def encoded(mode: str, seed: int) -> bytes:
     if mode == "I;16":
         image = Image.fromarray(rng.integers(0, 65536, (64, 70), dtype=np.uint16))
     else:
-        image = Image.fromarray(rng.integers(0, 256, (64, 70, 4), dtype=np.uint8), "RGBA").convert(mode)
+        image = Image.fromarray(rng.integers(0, 256, (64, 70, 4), dtype=np.uint8))
+        image = (image.convert("RGB") if mode == "P" else image).convert(mode)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -111,7 +112,7 @@ def test_a_second_net_without_a_first_does_not_bind_the_run(data: Path, tmp_path
         ("model.sampling.guidance.scale=2", "nothing to guide by"),
         ("model.image_size=65", "not a multiple of low_size"),
         ("model.sampling.tile=48 model.sampling.tile_overlap=7", "not a multiple of 2"),
-        ("model.net.attention_levels=[1]", "convolution-only"),
+        ("model.net.attention_levels=[1] model.net.head_dim=8", "convolution-only"),
     ],
 )
 def test_wrong_settings_are_refused_before_training(override: str, message: str, tmp_path: Path):
