@@ -181,3 +181,18 @@ def test_refused_settings():
         model.sample(torch.zeros(1, 3, 8, 8), replace(DDIM, guidance=Guidance(2.0)), Noise([0]))
     with pytest.raises(ValueError, match=r"cannot make 36x32: both must be multiples of 8"):
         make(replace(NET, channels=[8] * 4)).sample(torch.zeros(1, 3, 8, 9), DDIM, Noise([0]))
+
+
+def test_a_residual_upsampler_starts_as_the_enlarged_picture():
+    diffusion = DiffusionConfig(predict=Predict.x0, clip_range=1.0)
+    model = Upsampler(
+        UpsamplerConfig(low_size=8, image_size=32, net=NET, diffusion=diffusion, residual=True), Interface()
+    )
+    low = model.low_resolution(smooth_batch().image)
+    drawn = model.sample(low, DDIM, Noise(list(range(7)), "cpu"))
+    assert_close(drawn, resize(low, 32).clamp(-1, 1))  # conv_out is zero at first
+
+
+def test_residual_needs_a_predicted_x0():
+    with pytest.raises(ValueError, match=r"set diffusion\.predict=x0, or residual=false"):
+        UpsamplerConfig(residual=True, diffusion=DiffusionConfig(predict=Predict.v, clip_range=1.0))

@@ -30,6 +30,8 @@ class UpsamplerConfig(ModelConfig):
     is CDM's 0.5. ``max_noise`` > 0 also adds Gaussian noise of a deviation between 0 and it, which the net is told
     (noise-conditioning augmentation, Ho et al. 2022, sec. 4.2; not in the paper). Sampling with ``sampling.noise_level`` then
     has the upsampler draw anew what is smaller than such noise. All of it is drawn for each sample, in training only.
+    With ``residual`` the net only adds to the resized low-resolution picture (not in the paper): far better in a short
+    training, for predict=x0.
 
     ``last_steps`` > 0: a second net takes the last so many sampling steps (Karlo: 1 of 7). It begins as a copy of the net of
     ``first``, the run of an upsampler alike but for this, which is kept as it is, and learns the noise levels of its steps.
@@ -47,6 +49,7 @@ class UpsamplerConfig(ModelConfig):
     blur_prob: float = 0.5
     bsr: Bsr = Bsr.none
     max_noise: float = 0.0
+    residual: bool = False
     last_steps: int = 0
     first: str | None = None
 
@@ -96,7 +99,7 @@ class UpsamplerConfig(ModelConfig):
     def kind_of_net(self) -> tuple[Any, ...]:
         """What two upsamplers share of which one's net may take over from the other's."""
         net = replace(self.net, dropout=0.0, gradient_checkpointing=False)
-        return self.low_size, self.image_size, net, self.diffusion, self.max_noise > 0
+        return self.low_size, self.image_size, net, self.diffusion, self.max_noise > 0, self.residual
 
     @property
     def crop_size(self) -> int:
@@ -115,10 +118,10 @@ class Upsampler(nn.Module):
         self.cfg, self.interface = cfg, interface
         self.diffusion = GaussianDiffusion(cfg.diffusion)
         out_channels = 6 if cfg.diffusion.learned_variance else 3
-        self.net = UpsamplerNet(cfg.net, out_channels, noise_conditioning=cfg.max_noise > 0)
+        self.net = UpsamplerNet(cfg.net, out_channels, noise_conditioning=cfg.max_noise > 0, residual=cfg.residual)
         self.last_net: UpsamplerNet | None = None
         if cfg.last_steps:
-            self.last_net = UpsamplerNet(cfg.net, out_channels, noise_conditioning=cfg.max_noise > 0)
+            self.last_net = UpsamplerNet(cfg.net, out_channels, cfg.max_noise > 0, cfg.residual)
             self.net.requires_grad_(False)
             self.last_diffusion = _LastSteps(cfg.diffusion, cfg.last_steps / (cfg.sampling.sampler.num_steps - 1))
 

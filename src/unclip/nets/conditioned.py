@@ -221,4 +221,8 @@ class UpsamplerNet(nn.Module):
 
     def forward(self, x_t: Tensor, timestep: Tensor, context: UpsamplerContext) -> Tensor:
         """x_t (B, 3, H, W), sides multiples of the net's stride; timestep (B,); returns (B, out_channels, H, W)."""
-        return self.unet(torch.cat((x_t, context.low), dim=1), timestep, UNetContext(context.emb))
+        out = self.unet(torch.cat((x_t, context.low), dim=1), timestep, UNetContext(context.emb))
+        if not self.residual:
+            return out
+        prediction, *variance = out.split(3, dim=1)
+        return torch.cat((prediction + context.low, *variance), dim=1)
