@@ -80,7 +80,7 @@ def test_with_the_whole_pictures_norms_the_tiles_middles_are_the_whole_picture()
 
 
 def border_ratio(picture: Tensor, tile: int, overlap: int) -> float:
-    """Mean gradient across the edges of all tiles over that elsewhere."""
+    """Mean gradient across the edges of all tiles over that elsewhere, but for 16 pixels along the picture's own edges."""
     across, elsewhere = [], []
     for axis in (2, 3):
         gradient = picture.diff(dim=axis).abs().mean(dim=(0, 1, 5 - axis))
@@ -88,8 +88,8 @@ def border_ratio(picture: Tensor, tile: int, overlap: int) -> float:
             place for part in places_along(picture.shape[axis], tile, overlap) for place in (part.start, part.stop)
         }
         at = torch.tensor([place + 1 in edges for place in range(len(gradient))])
-        across.append(gradient[at])
-        elsewhere.append(gradient[~at])
+        across.append(gradient[16:-16][at[16:-16]])
+        elsewhere.append(gradient[16:-16][~at[16:-16]])
     return float(torch.cat(across).mean() / torch.cat(elsewhere).mean())
 
 
