@@ -23,7 +23,7 @@ LIGHT, FULL = STRENGTHS[Bsr.light], STRENGTHS[Bsr.full]
 
 def main(out: Path) -> None:
     scene = draw_scene(np.random.default_rng(5), objects=(3, 3), signs=1.0, held_out=False)
-    target = torch.from_numpy(render(scene, SIZE)).permute(2, 0, 1).float() / 255
+    target = torch.from_numpy(render(scene, SIZE).copy()).permute(2, 0, 1).float() / 255
     low = shrunk(target, LOW, 1.0, 0.0, 0.0, 0.0)
     noise = Noise([0])
     shown = [
