@@ -13,6 +13,7 @@ ELSEWHERE = {"prior", "draws"}  # test_bench_prior.py
 MAIN = 'if __name__ == "__main__":'
 SCRIPTS = {path.stem for path in BENCH.glob("*.py") if MAIN in path.read_text()} - {"turns", "peer_worker"} - ELSEWHERE
 RATIOS = {
+    "degrade": {"light_per_s", "full_per_s", "full_vs_bare"},
     "embed": {"embed_vs_bare", "embed_vs_bare_torch_threads"},
     "loader": {"rows_vs_take", "rows_per_s", "take_per_s", "reader_per_s"},
     "loader_pictures": {"pictures_vs_decode_only", "unresized", "pictures_per_s"},

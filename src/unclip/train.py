@@ -17,9 +17,11 @@ from unclip import artifact
 from unclip.callbacks import Checkpoint, JsonlLogger, Metrics, ProgressBar, SampleSheet, StopOnLimitOrSignal
 from unclip.config import LoggerConfig, LoggerName, OptimConfig, Precision, TrainerConfig, identity, to_plain
 from unclip.data.datamodule import DataConfig, UnclipData
+from unclip.data.degrade import Degrade
 from unclip.errors import ConfigError
 from unclip.models import CLIPConfig, DecoderConfig, ModelConfig, UpsamplerConfig, build, name_of
 from unclip.models.interface import PriorConfig
+from unclip.models.pictures import Bsr
 from unclip.run_lock import RunLock
 from unclip.stages.base import Stage
 from unclip.stages.clip import ClipStage
@@ -126,6 +128,8 @@ def train(cfg: TrainConfig) -> Path:
 def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, UnclipData]:
     model_cfg = _model_config(cfg)
     data = UnclipData(cfg.data, cfg.seed, cfg.trainer.batch_size, needs=model_cfg.columns)
+    if isinstance(model_cfg, UpsamplerConfig) and model_cfg.bsr is not Bsr.none:
+        data.degrade = Degrade(model_cfg.bsr, model_cfg.image_size, model_cfg.low_size, cfg.seed)
     model = build(model_cfg, data.interface)
     if kind == "clip":
         data.tokenize = model.tokenize

@@ -192,7 +192,7 @@ def test_refused_settings():
         UpsamplerConfig(diffusion=DiffusionConfig(self_conditioning=True))
     with pytest.raises(ValueError, match="raise max_noise or lower the level"):
         UpsamplerConfig(max_noise=0.1, sampling=replace(DDIM, noise_level=0.2))
-    with pytest.raises(ValueError, match=r"above 0\.0, the training's max_noise"):
+    with pytest.raises(ValueError, match=r"training knows noise up to max_noise=0\.0"):
         make().sample(torch.zeros(1, 3, 8, 8), replace(DDIM, noise_level=0.1), Noise([0]))
     with pytest.raises(ValueError, match="a standard deviation"):
         replace(DDIM, noise_level=-0.1)
@@ -200,8 +200,8 @@ def test_refused_settings():
         with pytest.raises(ValueError, match="nothing to guide by"):
             replace(DDIM, guidance=guidance)
     model = make()
-    with pytest.raises(ValueError, match="takes 8 pixels"):
-        model.sample(torch.zeros(1, 3, 4, 4), DDIM, Noise([0]))
+    with pytest.raises(ValueError, match=r"cannot make 36x32: both must be multiples of 8"):
+        make(replace(NET, channels=[8] * 4)).sample(torch.zeros(1, 3, 8, 9), DDIM, Noise([0]))
 
 
 def test_a_residual_upsampler_starts_as_the_enlarged_picture():

@@ -104,27 +104,41 @@ def test_equals_diffusers_decoder_forward_and_backward():
     assert_same_gradients(net, reference)
 
 
-@pytest.mark.parametrize("noised", [False, True])
-def test_equals_diffusers_upsampler_forward_and_backward(noised: bool):
+@pytest.mark.parametrize(
+    ("changes", "noised", "out_channels"),
+    [
+        ({}, False, 3),
+        ({}, True, 3),
+        ({"num_blocks": 2}, False, 3),
+        ({"num_blocks": 3, "channels": [16, 16, 32]}, True, 6),
+        ({"scale_shift": True}, False, 6),
+        ({"gradient_checkpointing": True}, True, 3),
+        ({"groups": 16}, False, 3),
+    ],
+)
+def test_equals_diffusers_upsampler_forward_and_backward(changes: dict, noised: bool, out_channels: int):
     diffusers = pytest.importorskip("diffusers")
+    cfg = UNetConfig(**{"channels": [16, 32], "num_blocks": 1, "groups": 8, "scale_shift": False, **changes})
+    levels = len(cfg.channels)
     reference = diffusers.UNet2DModel(
         sample_size=16,
         in_channels=6,
-        out_channels=3,
-        layers_per_block=1,
+        out_channels=out_channels,
+        layers_per_block=cfg.num_blocks,
         add_attention=False,
-        norm_num_groups=8,
-        down_block_types=("ResnetDownsampleBlock2D",) * 2,
-        up_block_types=("ResnetUpsampleBlock2D",) * 2,
-        block_out_channels=(16, 32),
+        norm_num_groups=cfg.groups,
+        down_block_types=("ResnetDownsampleBlock2D",) * levels,
+        up_block_types=("ResnetUpsampleBlock2D",) * levels,
+        block_out_channels=tuple(cfg.channels),
+        resnet_time_scale_shift="scale_shift" if cfg.scale_shift else "default",
         class_embed_type="timestep" if noised else None,
     )
     torch.manual_seed(0)
     randomise(reference)
-    net = UpsamplerNet(UNetConfig(channels=[16, 32], num_blocks=1, groups=8, scale_shift=False), 3, noised)
+    net = UpsamplerNet(cfg, out_channels, noised)
     weights = reference.state_dict()
     net.load_state_dict({k if k.startswith("class_embedding") else f"unet.{k}": v for k, v in weights.items()})
-    x_t, low, timestep = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.tensor([10, 900])
+    x_t, low, timestep = torch.randn(2, 3, 16, 24), torch.randn(2, 3, 16, 24), torch.tensor([10, 900])
     level = torch.tensor([0.0, 0.3])
     out = net(x_t, timestep, net.prepare(low, level))
     labels = NOISE_LEVELS * level if noised else None

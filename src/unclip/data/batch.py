@@ -13,10 +13,11 @@ from torch import Tensor
 class Batch:
     """B samples; a column that the stage did not ask for is None.
 
-    ``image`` (B, 3, H, W) uint8; ``tokens`` (B, L) int64, zero after the end-of-text token, cut to the batch's longest
-    caption; ``image_emb`` and ``text_emb`` (B, D) float32, the raw outputs of CLIP (unit-norm only where imported ones
-    are); ``text_seq`` (B, L, W), the caption's token states; ``position``: the place in the endless stream, the seed of
-    a sample's noise. ``replaced``: the key of the damaged sample whose place another one took, else "".
+    ``image`` (B, 3, H, W) uint8; ``low`` (B, 3, h, w) uint8, a small degraded copy of it (data/degrade.py); ``tokens``
+    (B, L) int64, zero after the end-of-text token, cut to the batch's longest caption; ``image_emb`` and ``text_emb``
+    (B, D) float32, the raw outputs of CLIP (unit-norm only where imported ones are); ``text_seq`` (B, L, W), the caption's
+    token states; ``position``: the place in the endless stream, the seed of a sample's noise. ``replaced``: the key of the
+    damaged sample whose place another one took, else "".
     The loader hands columns over as they are stored, half-precision and int32; :meth:`to` widens them on the device.
     """
 
@@ -25,6 +26,7 @@ class Batch:
     caption: Sequence[str] = field(default_factory=list)
     replaced: list[str] = field(default_factory=list)
     image: Tensor | None = None
+    low: Tensor | None = None
     tokens: Tensor | None = None
     image_emb: Tensor | None = None
     text_emb: Tensor | None = None

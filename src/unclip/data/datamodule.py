@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -133,6 +133,7 @@ class UnclipData(pl.LightningDataModule):
             )
         self.cfg, self.seed, self.batch_size = cfg, seed, batch_size
         self.tokenize = tokenize
+        self.degrade: Callable[[Batch], Batch] | None = None  # what workers do to a batch, last of all
         self._live = cfg.text_states is TextStates.live and "text_seq" in needs
         self.needs = tuple(name for name in needs if name != "text_seq") if self._live else tuple(needs)
         self.rank, self.world_size = 0, 1
@@ -291,7 +292,8 @@ class UnclipData(pl.LightningDataModule):
         orders = [Order(split.shards.shard_sizes, self.seed, neighbours=self.cfg.neighbours) for split in splits]
         mixture = Mixture(self.cfg.weights, self.seed)
         place = (self.batch_size, self.rank, self.world_size)
-        return self._loader(Batches(partial(_train_batch, splits, orders, mixture, place), self._start, None))
+        make = partial(_train_batch, splits, orders, mixture, place)
+        return self._loader(Batches(self._degraded(make), self._start, None))
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
         """Every rank gets a share of the validation samples in the same number of batches; position = sample number."""
@@ -305,7 +307,7 @@ class UnclipData(pl.LightningDataModule):
         largest = -(-total // self.world_size)
         num_batches = min(-(-largest // max(1, self.batch_size // self.world_size)), total // self.world_size)
         mine = np.array_split(np.array_split(samples, self.world_size)[self.rank], num_batches)
-        return self._loader(Batches(partial(_val_batch, split, mine), 0, num_batches))
+        return self._loader(Batches(self._degraded(partial(_val_batch, split, mine)), 0, num_batches))
 
     def sheet_batch(self, count: int) -> Batch:
         """The first samples of the validation split (else of the training split), with their pictures if there are any."""
@@ -321,7 +323,7 @@ class UnclipData(pl.LightningDataModule):
         """One thread reads the shards, whatever the number of workers, which decode only."""
         stream = Stream(shards, self.cfg.retry_seconds, self.seed, self.rank, self.world_size)
         encoded = Encoded(stream, self._start, (self.batch_size, self.rank, self.world_size))
-        decode = self._decode("image" in self.needs)
+        decode = self._degraded(self._decode("image" in self.needs))
         if not self.cfg.num_workers:
             return self._loader(Decoded(encoded, decode))
         return self._loader(DecodeItem(decode), sampler=encoded)
@@ -329,6 +331,9 @@ class UnclipData(pl.LightningDataModule):
     def _decode(self, pictures: bool) -> Decode:
         tokenize = partial(_trimmed, self.tokenize) if self.tokenize and "tokens" in self.needs else None
         return Decode(str(self.cfg.path), pictures, self.cfg.image_size, tokenize)
+
+    def _degraded(self, make: Callable[..., Batch]) -> Callable[..., Batch]:
+        return make if self.degrade is None else _Then(make, self.degrade)
 
     def _loader(self, batches: Dataset, sampler: Encoded | None = None) -> DataLoader:
         workers = self.cfg.num_workers
@@ -340,6 +345,17 @@ class UnclipData(pl.LightningDataModule):
             prefetch_factor=PREFETCH if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+@dataclass
+class _Then:
+    """One function after another, for workers."""
+
+    make: Callable[..., Batch]
+    change: Callable[[Batch], Batch]
+
+    def __call__(self, *what: Any) -> Batch:
+        return self.change(self.make(*what))
 
 
 def _train_batch(

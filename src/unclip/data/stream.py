@@ -226,7 +226,7 @@ class Encoded:
 class Decoded(IterableDataset):
     """Batches of a stream, read and decoded by one thread."""
 
-    def __init__(self, encoded: Encoded, decode: Decode) -> None:
+    def __init__(self, encoded: Encoded, decode: Callable[..., Batch]) -> None:
         self.encoded, self.decode = encoded, decode
 
     def __iter__(self) -> Iterator[Batch]:
@@ -236,7 +236,7 @@ class Decoded(IterableDataset):
 class DecodeItem(Dataset):
     """What a worker does with the samples that it is handed."""
 
-    def __init__(self, decode: Decode) -> None:
+    def __init__(self, decode: Callable[..., Batch]) -> None:
         self.decode = decode
 
     def __getitem__(self, item: tuple[list[Sample], range]) -> Batch:

@@ -1,8 +1,21 @@
 """Pictures on the device: value range, antialiased resizing, blur and crops."""
 
+from enum import Enum
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Bsr(Enum):
+    """How strongly the low-resolution pictures of training are degraded (Zhang et al. 2021; data/degrade.py).
+
+    ``full``: the paper's strengths. ``light``: milder ones, as latent diffusion takes them.
+    """
+
+    none = "none"
+    light = "light"
+    full = "full"
 
 
 def to_range(image: Tensor) -> Tensor:
@@ -10,17 +23,26 @@ def to_range(image: Tensor) -> Tensor:
     return image.float() / 127.5 - 1
 
 
-def resize(image: Tensor, size: int) -> Tensor:
-    """Antialiased bicubic resize of float32 (B, 3, H, W) in [-1, 1] to (B, 3, size, size), clamped to [-1, 1]."""
-    if image.shape[-1] == size and image.shape[-2] == size:
+def resize(image: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Antialiased bicubic resize of float32 (B, 3, H, W) in [-1, 1], clamped to [-1, 1]; size: a side, or (H, W)."""
+    shape = (size, size) if isinstance(size, int) else size
+    if tuple(image.shape[-2:]) == shape:
         return image
-    return F.interpolate(image, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    return F.interpolate(image, shape, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 
 def training_pictures(image: Tensor | None, size: int) -> Tensor:
-    """A batch's uint8 pictures as float32 (B, 3, size, size) in [-1, 1]; larger ones are resized, smaller refused."""
+    """A batch's uint8 pictures as float32 (B, 3, size, size) in [-1, 1].
+
+    Larger ones are resized; smaller ones and such as are not square are refused.
+    """
     if image is None:
         raise ValueError("this model trains on pictures but the batch has none; ask the data for the column image")
+    if image.shape[-2] != image.shape[-1]:
+        raise ValueError(
+            f"pictures of {tuple(image.shape[-2:])} pixels, which are not square: "
+            f"set data.image_size={size}, which takes their central square"
+        )
     if min(image.shape[-2:]) < size:
         raise ValueError(
             f"pictures of {tuple(image.shape[-2:])} pixels but the model makes {size}; "

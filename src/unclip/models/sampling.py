@@ -43,9 +43,14 @@ class PriorSampling(DiffusionSampling):
 class UpsamplerSampling(DiffusionSampling):
     """There is nothing to guide by; ``guidance.threshold`` still limits the predicted picture.
 
-    ``noise_level``: deviation of the noise that covers the base's faults; for upsamplers trained with noise."""
+    ``noise_level``: deviation of the noise that covers the base's faults; for upsamplers trained with noise.
+    ``tile``: side in pixels of the pieces in which the net sees a picture that is larger, to save memory (null: the whole);
+    ``tile_overlap``: how far neighbours overlap. Both are multiples of the net's stride.
+    """
 
     noise_level: float = 0.0
+    tile: int | None = None
+    tile_overlap: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +58,11 @@ class UpsamplerSampling(DiffusionSampling):
             raise ValueError("an upsampler has nothing to guide by: leave out guidance.scale, interval and rescale")
         if self.noise_level < 0:
             raise ValueError(f"noise_level is {self.noise_level}, a standard deviation; 0 adds no noise")
+        if self.tile is not None and not 0 <= 2 * self.tile_overlap <= self.tile:
+            raise ValueError(
+                f"tile_overlap={self.tile_overlap} must lie between 0 and half of tile={self.tile}: "
+                "no place is seen by more than two tiles in a row"
+            )
 
 
 @dataclass

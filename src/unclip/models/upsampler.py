@@ -1,7 +1,7 @@
 """The upsamplers: a small picture to a larger one, by convolutions only (paper §2.1, last paragraph)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,14 @@ from unclip.data.batch import Batch
 from unclip.diffusion.gaussian import GaussianDiffusion
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, Sampler, SamplerConfig, sample
+from unclip.diffusion.schedule import NoiseSchedule
 from unclip.diffusion.settings import DiffusionConfig, Predict
+from unclip.errors import ConfigError
 from unclip.models.interface import Interface, ModelConfig
-from unclip.models.pictures import blur, crop, resize, training_pictures
+from unclip.models.pictures import Bsr, blur, crop, resize, to_range, training_pictures
 from unclip.models.sampling import UpsamplerSampling
 from unclip.nets.conditioned import UpsamplerNet
+from unclip.nets.tiles import in_tiles
 from unclip.nets.unet import UNetConfig
 
 
@@ -23,11 +26,16 @@ from unclip.nets.unet import UNetConfig
 class UpsamplerConfig(ModelConfig):
     """From ``low_size`` to ``image_size`` pixels. Trains on crops of ``crop_fraction`` of the side, runs on the whole.
 
-    The low-resolution picture is blurred (Gaussian, 3x3, ``blur_sigma``) with probability ``blur_prob`` in training.
-    The paper gives no probability; ours is CDM's 0.5. ``max_noise`` > 0 also adds Gaussian noise of a deviation between 0
-    and it, which the net is told (noise-conditioning augmentation, Ho et al. 2022, sec. 4.2; not in the paper). Sampling with
-    ``sampling.noise_level`` then has the upsampler draw anew what is smaller than such noise. With ``residual`` the net only
-    adds to the resized low-resolution picture (not in the paper): far better in a short training, for predict=x0.
+    ``bsr``: how strongly the loader degrades the low-resolution picture (data/degrade.py); none: it is the target, resized.
+    It is then blurred (Gaussian, 3x3, ``blur_sigma``) with probability ``blur_prob``. The paper gives no probability; ours
+    is CDM's 0.5. ``max_noise`` > 0 also adds Gaussian noise of a deviation between 0 and it, which the net is told
+    (noise-conditioning augmentation, Ho et al. 2022, sec. 4.2; not in the paper). Sampling with ``sampling.noise_level`` then
+    has the upsampler draw anew what is smaller than such noise. All of it is drawn for each sample, in training only.
+    With ``residual`` the net only adds to the resized low-resolution picture (not in the paper): far better in a short
+    training, for predict=x0.
+
+    ``last_steps`` > 0: a second net takes the last so many sampling steps (Karlo: 1 of 7). It begins as a copy of the net of
+    ``first``, the run of an upsampler alike but for this, which is kept as it is, and learns the noise levels of its steps.
     """
 
     low_size: int = 64
@@ -40,8 +48,11 @@ class UpsamplerConfig(ModelConfig):
     crop_fraction: float = 0.25
     blur_sigma: float = 0.6
     blur_prob: float = 0.5
+    bsr: Bsr = Bsr.none
     max_noise: float = 0.0
     residual: bool = False
+    last_steps: int = 0
+    first: str | None = None
 
     def __post_init__(self) -> None:
         if self.net.attention_levels:
@@ -58,14 +69,38 @@ class UpsamplerConfig(ModelConfig):
             )
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction is {self.crop_fraction}; it must lie in (0, 1]")
-        if not 0 <= self.sampling.noise_level <= self.max_noise:
+        if self.last_steps < 0 or (self.first is not None and not self.last_steps):
             raise ValueError(
-                f"sampling.noise_level is {self.sampling.noise_level}, but training knows noise up to "
-                f"max_noise={self.max_noise}: raise max_noise or lower the level"
+                f"last_steps is {self.last_steps} and first {self.first}; the second net that begins as the one of "
+                "`first` needs at least one step: set last_steps=1"
             )
         for name, size in (("image_size", self.image_size), ("the training crop", self.crop_size)):
             if size < 1 or size % self.net.stride:
                 raise ValueError(f"{name} is {size} pixels, not a multiple of {self.net.stride}, the net's stride")
+        self.check(self.sampling)
+
+    def check(self, how: UpsamplerSampling) -> None:
+        """ConfigError for sampling settings that do not go with these."""
+        if how.noise_level > self.max_noise:
+            raise ConfigError(
+                f"sampling.noise_level is {how.noise_level}, but training knows noise up to "
+                f"max_noise={self.max_noise}: raise max_noise or lower the level"
+            )
+        if how.sampler.num_steps <= self.last_steps:
+            raise ConfigError(
+                f"sampling.sampler.num_steps is {how.sampler.num_steps}, of which the second net takes {self.last_steps}: "
+                "nothing is left for the first one; take more steps"
+            )
+        for name, size in (("tile", how.tile or 0), ("tile_overlap", how.tile_overlap if how.tile else 0)):
+            if size % self.net.stride:
+                raise ConfigError(
+                    f"sampling.{name} is {size} pixels, not a multiple of {self.net.stride}, the net's stride"
+                )
+
+    def kind_of_net(self) -> tuple[Any, ...]:
+        """What two upsamplers share of which one's net may take over from the other's."""
+        net = replace(self.net, dropout=0.0, gradient_checkpointing=False)
+        return self.low_size, self.image_size, net, self.diffusion, self.max_noise > 0, self.residual
 
     @property
     def crop_size(self) -> int:
@@ -85,9 +120,32 @@ class Upsampler(nn.Module):
         self.diffusion = GaussianDiffusion(cfg.diffusion)
         out_channels = 6 if cfg.diffusion.learned_variance else 3
         self.net = UpsamplerNet(cfg.net, out_channels, noise_conditioning=cfg.max_noise > 0, residual=cfg.residual)
+        self.last_net: UpsamplerNet | None = None
+        if cfg.last_steps:
+            self.last_net = UpsamplerNet(cfg.net, out_channels, cfg.max_noise > 0, cfg.residual)
+            self.net.requires_grad_(False)
+            self.last_diffusion = _LastSteps(cfg.diffusion, cfg.last_steps / (cfg.sampling.sampler.num_steps - 1))
 
     def fit(self, embeddings: Any) -> None:
-        """Nothing to gather before training."""
+        """Before training: with a second net, take both nets' weights from the run ``first``. ConfigError for another's."""
+        if self.last_net is None:
+            return
+        if self.cfg.first is None:
+            raise ConfigError(
+                f"model.last_steps={self.cfg.last_steps} adds a second net to a trained upsampler: give its run with "
+                "model.first=RUN; to train that one first, set model.last_steps=0"
+            )
+        from unclip import artifact
+
+        first, _ = artifact.load(self.cfg.first, kind="upsampler")
+        assert isinstance(first, Upsampler)
+        if self.cfg.kind_of_net() != first.cfg.kind_of_net():
+            raise ConfigError(
+                f"the upsampler of model.first={self.cfg.first} has other sizes, another net or another diffusion than "
+                "this run; give the settings that it was trained with, and model.last_steps beside them"
+            )
+        self.net.load_state_dict(first.net.state_dict())
+        self.last_net.load_state_dict(first.net.state_dict())
 
     def finish(self, embeddings: Any) -> None:
         """Nothing to gather after training."""
@@ -96,19 +154,22 @@ class Upsampler(nn.Module):
         return self.cfg.sampling
 
     def low_resolution(self, image: Tensor | None) -> Tensor:
-        """uint8 (B, 3, H, W) of at least image_size pixels to (B, 3, low_size, low_size) in [-1, 1], as in training."""
+        """uint8 (B, 3, H, W) of at least image_size pixels to (B, 3, low_size, low_size) in [-1, 1], not degraded."""
         return resize(training_pictures(image, self.cfg.image_size), self.cfg.low_size)
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """Scalars whose sum is the loss, on one random crop of each picture."""
         pictures = training_pictures(batch.image, self.cfg.image_size)
+        low = to_range(batch.column("low")) if self.cfg.bsr is not Bsr.none else resize(pictures, self.cfg.low_size)
         level = self.cfg.max_noise * noise.uniform((), "noise level")
-        low = self._noised(self._blurred(resize(pictures, self.cfg.low_size), noise), level, noise)
+        low = self._noised(self._blurred(low, noise), level, noise)
         # resized as a whole, then cropped: a crop's borders look as they do at full size
         low = resize(low, self.cfg.image_size)
         top, left = self._corner(noise)
         pictures, low = (crop(image, top, left, self.cfg.crop_size) for image in (pictures, low))
-        return self.diffusion.losses(self.net, pictures, self.net.prepare(low, level), noise)
+        if self.last_net is None:
+            return self.diffusion.losses(self.net, pictures, self.net.prepare(low, level), noise)
+        return self.last_diffusion.losses(self.last_net, pictures, self.last_net.prepare(low, level), noise)
 
     @torch.no_grad()
     def sample(
@@ -120,21 +181,33 @@ class Upsampler(nn.Module):
         *,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """low (B, 3, low_size, low_size) in [-1, 1] to (B, 3, image_size, image_size) in [-1, 1]."""
-        if low.shape[-2:] != (self.cfg.low_size, self.cfg.low_size):
-            raise ValueError(
-                f"the upsampler takes {self.cfg.low_size} pixels a side, the picture has {tuple(low.shape[-2:])}"
-            )
-        if how.noise_level > self.cfg.max_noise:
-            raise ValueError(f"noise_level {how.noise_level} is above {self.cfg.max_noise}, the training's max_noise")
+        """low (B, 3, h, w) in [-1, 1] to a picture larger by image_size / low_size, in [-1, 1].
+
+        Trained for h = w = low_size, the convolutions take any size of which the result is a multiple of the net's stride.
+        Raises ValueError for other sizes, ConfigError for settings that do not go with the model's. What is not finite in a row of
+        ``low`` spoils that row alone: on a CPU it is refused, a GPU would have to wait for it to be seen.
+        """
+        self.cfg.check(how)
+        size = self._grown(low)
         level = torch.full((len(low),), how.noise_level, device=low.device)
-        low = self._noised(low.float(), level, noise)
-        context = self.net.prepare(resize(low, self.cfg.image_size), level)
-        shape = (3, self.cfg.image_size, self.cfg.image_size)
-        denoiser = self.diffusion.denoiser(
-            self.net, context, shape=shape, num_steps=how.sampler.num_levels, guidance=how.guidance
-        )
+        low = resize(self._noised(low.float(), level, noise), size)
+        schedule = self.diffusion.schedule.respaced(how.sampler.num_levels)
+        branches = _Branches(self, low, level, how, schedule)
+        denoiser = self.diffusion.denoiser_of(branches, schedule, shape=(3, *size), guidance=how.guidance)
         return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)
+
+    def _grown(self, low: Tensor) -> tuple[int, int]:
+        """Height and width of the large picture; ValueError where the net has none, or where nothing is there to enlarge."""
+        scale, stride = self.cfg.image_size // self.cfg.low_size, self.cfg.net.stride
+        height, width = (scale * side for side in low.shape[-2:])
+        if height % stride or width % stride:
+            raise ValueError(f"the upsampler cannot make {width}x{height}: both must be multiples of {stride}")
+        if low.device.type == "cpu" and not low.isfinite().all():
+            rows = (~low.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+            raise ValueError(
+                f"rows {rows} of the low-resolution pictures hold numbers that are not finite; draw them again"
+            )
+        return height, width
 
     def _noised(self, low: Tensor, level: Tensor, noise: Noise) -> Tensor:
         if not self.cfg.max_noise:
@@ -151,3 +224,37 @@ class Upsampler(nn.Module):
         places = (self.cfg.image_size - self.cfg.crop_size) // grid + 1
         corner = (noise.uniform((2,), "crop") * places).long().clamp(max=places - 1) * grid
         return corner[:, 0], corner[:, 1]
+
+
+class _LastSteps(GaussianDiffusion):
+    """The first ``share`` of the training steps, up to the last one that the first net takes; spread as over all."""
+
+    def __init__(self, cfg: DiffusionConfig, share: float) -> None:
+        super().__init__(cfg)
+        self.limit = round(share * (len(self.schedule) - 1))  # as NoiseSchedule.respaced rounds
+
+    def draw_steps(self, noise: Noise, num_draws: int | None = None) -> Tensor:
+        return super().draw_steps(noise, num_draws) * self.limit // len(self.schedule)
+
+
+class _Branches:
+    """The nets of one sampling run: the second one in its steps, in tiles where the picture is larger than one."""
+
+    def __init__(
+        self, model: Upsampler, low: Tensor, level: Tensor, how: UpsamplerSampling, schedule: NoiseSchedule
+    ) -> None:
+        self.last_steps, self.how, self.schedule = model.cfg.last_steps, how, schedule
+        self.nets = [(net, net.prepare(low, level)) for net in (model.net, model.last_net) if net is not None]
+
+    def __call__(self, x_t: Tensor, step: int, guided: bool, /, *x0_last: Tensor) -> Tensor:
+        self.schedule = self.schedule.to(x_t.device)
+        timestep = self.schedule.timesteps[step].expand(len(x_t))
+        net, context = self.nets[-1] if step < self.last_steps else self.nets[0]
+        height, width = x_t.shape[-2:]
+        if self.how.tile is None or max(height, width) <= self.how.tile:
+            return net(x_t, timestep, context)
+
+        def run(rows: slice, columns: slice) -> Tensor:
+            return net(x_t[:, :, rows, columns], timestep, context.cut(rows, columns))
+
+        return in_tiles(net, run, (height, width), self.how.tile, self.how.tile_overlap)

@@ -181,7 +181,7 @@ class DecoderNet(nn.Module):
 class UpsamplerContext:
     """The low-resolution picture, resized to the target size, and what its noise level adds to the timestep embedding.
 
-    low (B, 3, S, S) in [-1, 1]; emb (B, time_dim), None without noise conditioning.
+    low (B, 3, H, W) in [-1, 1]; emb (B, time_dim), None without noise conditioning.
     """
 
     low: Tensor
@@ -189,6 +189,10 @@ class UpsamplerContext:
 
     def first(self, n: int) -> "UpsamplerContext":
         return UpsamplerContext(self.low[:n], None if self.emb is None else self.emb[:n])
+
+    def cut(self, rows: slice, columns: slice) -> "UpsamplerContext":
+        """Of a part of the picture."""
+        return UpsamplerContext(self.low[:, :, rows, columns], self.emb)
 
 
 class UpsamplerNet(nn.Module):
@@ -208,7 +212,7 @@ class UpsamplerNet(nn.Module):
         self.class_embedding = TimestepEmbedding(cfg.channels[0], cfg.time_dim) if noise_conditioning else None
 
     def prepare(self, low: Tensor, noise_level: Tensor | None = None) -> UpsamplerContext:
-        """``low`` (B, 3, S, S) is never dropped (paper §2.1: no guidance); ``noise_level`` (B,), its noise's deviation."""
+        """``low`` (B, 3, H, W) is never dropped (paper §2.1: no guidance); ``noise_level`` (B,), its noise's deviation."""
         if self.class_embedding is None:
             return UpsamplerContext(low)
         if noise_level is None:
@@ -216,7 +220,7 @@ class UpsamplerNet(nn.Module):
         return UpsamplerContext(low, self.class_embedding(NOISE_LEVELS * noise_level))
 
     def forward(self, x_t: Tensor, timestep: Tensor, context: UpsamplerContext) -> Tensor:
-        """x_t (B, 3, S, S), timestep (B,); returns (B, out_channels, S, S)."""
+        """x_t (B, 3, H, W), sides multiples of the net's stride; timestep (B,); returns (B, out_channels, H, W)."""
         out = self.unet(torch.cat((x_t, context.low), dim=1), timestep, UNetContext(context.emb))
         if not self.residual:
             return out
