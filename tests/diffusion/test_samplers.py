@@ -198,6 +198,33 @@ def test_config_picks_the_sampler(cfg, function):
     assert torch.equal(sample(cfg, denoiser, Noise([3])), function(denoiser, Noise([3])))
 
 
+@pytest.mark.parametrize("name", [name for name in Sampler if name is not Sampler.analytic])
+def test_every_evaluation_is_reported(name):
+    denoiser = GaussianDenoiser(GaussianDiffusion(DiffusionConfig()).schedule.respaced(5))
+    steps, plain = [], sample(SamplerConfig(name, 5), denoiser, Noise([3]))
+    x = sample(SamplerConfig(name, 5), denoiser, Noise([3]), on_step=lambda *step: steps.append(step))
+    assert steps == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    assert torch.equal(x, plain)
+
+
+def test_a_report_can_end_the_run():
+    class Counting(GaussianDenoiser):
+        calls = 0
+
+        def __call__(self, x_t, step, last=None):
+            self.calls += 1
+            return super().__call__(x_t, step, last)
+
+    def stop(done, total):
+        if done == 3:
+            raise InterruptedError("enough")
+
+    denoiser = Counting(GaussianDiffusion(DiffusionConfig()).schedule.respaced(10))
+    with pytest.raises(InterruptedError, match="enough"):
+        sample(SamplerConfig(num_steps=10), denoiser, Noise([0]), on_step=stop)
+    assert denoiser.calls == 3
+
+
 def test_options_without_effect_are_refused():
     for name in (Sampler.ancestral, Sampler.dpmpp_2m):
         with pytest.raises(ValueError, match=r"sampler\.name=ddim"):

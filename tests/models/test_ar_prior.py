@@ -146,7 +146,9 @@ def test_steps_with_a_memory_equal_the_whole_pass(separate: bool):
 def test_codes_drawn_with_a_memory_are_those_drawn_without(how: ARSampling):
     prior, batch = make(), make_batch()
     noise = Noise(batch.position)
-    drawn = prior.sample(prior.cond(batch), how, noise)
+    steps: list[tuple[int, int]] = []
+    drawn = prior.sample(prior.cond(batch), how, noise, on_step=lambda *step: steps.append(step))
+    assert steps == [(done, K) for done in range(1, K + 1)]
     prefix, dot, uniform = prefix_of(prior, batch), prior.draw_dot(how, noise), noise.uniform((K,), "codes")
     codes = torch.zeros(4, K, dtype=torch.int64)
     for j in range(K):

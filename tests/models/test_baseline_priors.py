@@ -77,7 +77,11 @@ def test_every_baseline_fits_scores_and_answers(name: str):
     terms = model.losses(batch, Noise(range(5)))
     assert terms["mse"].shape == ()
     assert CONFIGS[name].trains == any(p.requires_grad for p in model.parameters()) == terms["mse"].requires_grad
-    z_i = model.sample(model.cond(batch), model.default_sampling(), Noise(range(5)))
+    steps: list[tuple[int, int]] = []
+    z_i = model.sample(
+        model.cond(batch), model.default_sampling(), Noise(range(5)), on_step=lambda *step: steps.append(step)
+    )
+    assert steps == [(1, 1)]
     assert_close(z_i.norm(dim=1), torch.ones(5))
     assert isinstance(model.default_sampling(), NoSampling)
     assert torch.equal(z_i, model.sample(model.cond(batch), NoSampling(), Noise(range(5, 10)))), "one answer"

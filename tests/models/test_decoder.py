@@ -67,7 +67,10 @@ def test_the_config_is_usable_by_omegaconf():
 def test_the_same_seed_gives_the_same_picture_in_any_batch():
     model, batch = make(), make_batch(7)
     noise = Noise.at(3, batch.position)
-    together = model.sample(model.cond(batch), DDIM, noise)
+    steps: list[tuple[int, int]] = []
+    together = model.sample(model.cond(batch), DDIM, noise, on_step=lambda *step: steps.append(step))
+    total = DDIM.sampler.num_steps
+    assert steps == [(done, total) for done in range(1, total + 1)]
     row = slice(4, 5)
     alone = Cond(image_emb=batch.image_emb[row], tokens=batch.tokens[row], text_mask=None)
     picture = model.sample(alone, DDIM, Noise.at(3, batch.position[row]))

@@ -87,7 +87,10 @@ def test_the_candidate_nearest_to_the_caption_wins_whatever_its_norm():
 def test_the_same_seed_gives_the_same_unit_norm_embedding_in_any_batch(text: PriorText):
     prior, batch = make(text), make_batch(7)
     cond = prior.cond(batch)
-    together = prior.sample(cond, DDIM, Noise.at(3, batch.position))
+    steps: list[tuple[int, int]] = []
+    together = prior.sample(cond, DDIM, Noise.at(3, batch.position), on_step=lambda *step: steps.append(step))
+    total = DDIM.sampler.num_steps
+    assert steps == [(done, total) for done in range(1, total + 1)]
     assert_close(together.norm(dim=1), torch.ones(7))
     row = slice(4, 5)
     alone = Cond(text_emb=cond.text_emb[row], text_seq=cond.text_seq[row], tokens=cond.tokens[row])

@@ -129,7 +129,10 @@ def test_trained_on_crops_it_runs_on_the_whole_and_alike_in_any_batch(patch: int
     assert torch.isfinite(terms["mse"])
     low = model.low_resolution(batch.image)
     assert low.shape == (7, 3, 8, 8)
-    together = model.sample(low, DDIM, Noise.at(0, batch.position))
+    steps: list[tuple[int, int]] = []
+    together = model.sample(low, DDIM, Noise.at(0, batch.position), on_step=lambda *step: steps.append(step))
+    total = DDIM.sampler.num_steps
+    assert steps == [(done, total) for done in range(1, total + 1)]
     assert together.shape == (7, 3, 32, 32)
     alone = model.sample(low[4:5], DDIM, Noise.at(0, batch.position[4:5]))
     assert (alone - together[4:5]).abs().mean() <= 1 / 255

@@ -13,7 +13,7 @@ from unclip.diffusion.gaussian import (
 )
 from unclip.diffusion.guidance import Guidance, Threshold
 from unclip.diffusion.noise import Noise
-from unclip.diffusion.samplers import Sampler, SamplerConfig, ancestral, ddim, dpmpp_2m, sample
+from unclip.diffusion.samplers import OnStep, Sampler, SamplerConfig, ancestral, ddim, dpmpp_2m, sample
 from unclip.diffusion.schedule import NoiseSchedule, Posterior, ScheduleName, make_schedule
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Net",
     "Noise",
     "NoiseSchedule",
+    "OnStep",
     "Posterior",
     "Predict",
     "Prediction",

@@ -1,5 +1,6 @@
 """Samplers: functions from a denoiser and a noise to samples."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -9,6 +10,9 @@ from torch import Tensor
 from unclip.diffusion.gaussian import Denoiser, Prediction
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.schedule import NoiseSchedule
+
+OnStep = Callable[[int, int], None]
+"""Called with the evaluations done and their total after each evaluation of the network; what it raises ends the run."""
 
 
 class Sampler(Enum):
@@ -41,13 +45,17 @@ class SamplerConfig:
             raise ValueError(f"sampler.eta is {self.eta}; it must lie in [0, 1]")
 
 
-def sample(cfg: SamplerConfig, denoiser: Denoiser, noise: Noise, *, x_T: Tensor | None = None) -> Tensor:
+def sample(
+    cfg: SamplerConfig, denoiser: Denoiser, noise: Noise, *, x_T: Tensor | None = None, on_step: OnStep | None = None
+) -> Tensor:
     """(B, *denoiser.shape) samples. Raises ValueError if the denoiser was made for another number of steps."""
     if len(denoiser.schedule) != cfg.num_steps:
         raise ValueError(
             f"the denoiser has {len(denoiser.schedule)} steps but the sampler asks for {cfg.num_steps}; "
             "make it with num_steps=cfg.num_steps"
         )
+    if on_step is not None:
+        denoiser = _Reporting(denoiser, cfg.num_steps, on_step)
     match cfg.name:
         case Sampler.ancestral | Sampler.analytic:
             return ancestral(denoiser, noise, x_T=x_T)
@@ -55,6 +63,21 @@ def sample(cfg: SamplerConfig, denoiser: Denoiser, noise: Noise, *, x_T: Tensor 
             return ddim(denoiser, noise, eta=cfg.eta or 0.0, x_T=x_T)
         case Sampler.dpmpp_2m:
             return dpmpp_2m(denoiser, noise, x_T=x_T)
+
+
+class _Reporting:
+    """A denoiser that counts its evaluations aloud."""
+
+    def __init__(self, denoiser: Denoiser, total: int, on_step: OnStep) -> None:
+        self.schedule, self.shape = denoiser.schedule, denoiser.shape
+        self._denoiser, self._total, self._on_step = denoiser, total, on_step
+        self._done = 0
+
+    def __call__(self, x_t: Tensor, step: int, last: Prediction | None = None) -> Prediction:
+        prediction = self._denoiser(x_t, step, last)
+        self._done += 1
+        self._on_step(self._done, self._total)
+        return prediction
 
 
 @torch.no_grad()

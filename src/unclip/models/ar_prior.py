@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
+from unclip.diffusion.samplers import OnStep
 from unclip.errors import ConfigError
 from unclip.models.diffusion_prior import best_candidate
 from unclip.models.interface import Interface, PriorConfig
@@ -168,7 +169,15 @@ class ARPrior(nn.Module):
         }
 
     @torch.no_grad()
-    def sample(self, cond: Cond, how: ARSampling, noise: Noise, negative: Cond | None = None) -> Tensor:
+    def sample(
+        self,
+        cond: Cond,
+        how: ARSampling,
+        noise: Noise,
+        negative: Cond | None = None,
+        *,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
         """Unit-norm z_i (B, D): of ``num_candidates`` draws the one with the largest dot product with z_t.
 
         Guidance is against no text or, where ``negative`` is given, against its caption with the same dot product.
@@ -181,7 +190,7 @@ class ARPrior(nn.Module):
         if how.guidance_scale != 1.0:
             other, other_dot = self._unguided(negative, len(cond), dot, how.num_candidates)
             prefix, dot = prefix.cat(other), torch.cat((dot, other_dot))
-        drawn = self.decode(self._draw(prefix, dot, how, noise))
+        drawn = self.decode(self._draw(prefix, dot, how, noise, on_step))
         return best_candidate(drawn.view(len(cond), how.num_candidates, -1), cond.text_emb)
 
     def encode(self, image_emb: Tensor) -> Tensor:
@@ -204,7 +213,7 @@ class ARPrior(nn.Module):
         low = place.floor().long().clamp(max=self.cfg.num_dots - 1)
         return self.dot_bucket(torch.lerp(self.dot_edges[low], self.dot_edges[low + 1], place - low))
 
-    def _draw(self, prefix: Prefix, dot: Tensor, how: ARSampling, noise: Noise) -> Tensor:
+    def _draw(self, prefix: Prefix, dot: Tensor, how: ARSampling, noise: Noise, on_step: OnStep | None) -> Tensor:
         """Codes (B, k); with guidance, ``prefix`` and ``dot`` hold the unguided rows after the B others."""
         uniform = noise.uniform((self.num_codes,), "codes")
         run, token = ARRun(self.net, prefix, self.num_codes), self.net.embed_dot(dot)
@@ -214,6 +223,8 @@ class ARPrior(nn.Module):
             code = how.pick(how.guided(run.step(token.to(prefix.tokens.dtype), number)), uniform[:, number])
             token = self.net.embed_codes(code.repeat(branches)[:, None], number)
             codes.append(code)
+            if on_step is not None:
+                on_step(number + 1, self.num_codes)
         return torch.stack(codes, dim=1)
 
     def _unguided(self, negative: Cond | None, rows: int, dot: Tensor, k: int) -> tuple[Prefix, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
+from unclip.diffusion.samplers import OnStep
 from unclip.models.decoder import cut_to
 from unclip.models.diffusion_prior import in_parts
 from unclip.models.interface import Interface, PriorConfig
@@ -125,9 +126,12 @@ class BaselinePrior(nn.Module):
         return {"mse": F.mse_loss(self._predicted(self.cond(batch)).float(), scaled(batch.column("image_emb")))}
 
     @torch.no_grad()
-    def sample(self, cond: Cond, how: NoSampling, noise: Noise) -> Tensor:
+    def sample(self, cond: Cond, how: NoSampling, noise: Noise, *, on_step: OnStep | None = None) -> Tensor:
         """Unit-norm z_i (B, D); the noise changes nothing."""
-        return F.normalize(self._predicted(cond).float(), dim=-1)
+        predicted = self._predicted(cond)
+        if on_step is not None:
+            on_step(1, 1)
+        return F.normalize(predicted.float(), dim=-1)
 
     def _predicted(self, cond: Cond) -> Tensor:
         if cond.text_emb is None:

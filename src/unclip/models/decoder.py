@@ -12,7 +12,7 @@ from unclip.data.batch import Batch
 from unclip.diffusion.gaussian import DiffusionConfig, GaussianDiffusion
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
-from unclip.diffusion.samplers import SamplerConfig, sample
+from unclip.diffusion.samplers import OnStep, SamplerConfig, sample
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import training_pictures
 from unclip.models.sampling import DiffusionSampling
@@ -116,7 +116,14 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, cond: Cond, how: DiffusionSampling, noise: Noise, negative: Cond | None = None, x_T: Tensor | None = None
+        self,
+        cond: Cond,
+        how: DiffusionSampling,
+        noise: Noise,
+        negative: Cond | None = None,
+        x_T: Tensor | None = None,
+        *,
+        on_step: OnStep | None = None,
     ) -> Tensor:
         """Pictures (B, 3, S, S) in [-1, 1], one for each row of ``cond``. Missing conditions count as dropped.
 
@@ -129,7 +136,7 @@ class Decoder(nn.Module):
         denoiser = self.diffusion.denoiser(
             self.net, context, shape=shape, num_steps=how.sampler.num_steps, guidance=how.guidance
         )
-        return sample(how.sampler, denoiser, noise, x_T=x_T).clamp(-1, 1)
+        return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)
 
     def _check_columns(self, cond: Cond) -> None:
         """In training a missing condition is a mistake; in sampling it counts as dropped."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from unclip.data.batch import Batch
 from unclip.diffusion.gaussian import DiffusionConfig, GaussianDiffusion, Predict
 from unclip.diffusion.noise import Noise
-from unclip.diffusion.samplers import Sampler, sample
+from unclip.diffusion.samplers import OnStep, Sampler, sample
 from unclip.errors import ConfigError
 from unclip.models.decoder import cut_to
 from unclip.models.interface import Interface, PriorConfig
@@ -170,7 +170,15 @@ class DiffusionPrior(nn.Module):
         return {f"mse_at_{percent:02}": errors[:, i] for i, percent in enumerate(MEASURED_PERCENT)}
 
     @torch.no_grad()
-    def sample(self, cond: Cond, how: PriorSampling, noise: Noise, negative: Cond | None = None) -> Tensor:
+    def sample(
+        self,
+        cond: Cond,
+        how: PriorSampling,
+        noise: Noise,
+        negative: Cond | None = None,
+        *,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
         """z_i (B, D): of ``num_candidates`` draws the one with the largest dot product with z_t, both at unit norm.
 
         Guidance is against a dropped text side or, where ``negative`` is given, against its captions: B of them, or one.
@@ -190,7 +198,7 @@ class DiffusionPrior(nn.Module):
             guidance=how.guidance,
             x0_var=self._variances(how),
         )
-        drawn = self.decode(sample(how.sampler, denoiser, noise))
+        drawn = self.decode(sample(how.sampler, denoiser, noise, on_step=on_step))
         return best_candidate(drawn, cond.text_emb)
 
     def _variances(self, how: PriorSampling) -> Tensor | None:

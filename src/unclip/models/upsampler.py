@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unclip.data.batch import Batch
 from unclip.diffusion.gaussian import DiffusionConfig, GaussianDiffusion, Predict
 from unclip.diffusion.noise import Noise
-from unclip.diffusion.samplers import Sampler, SamplerConfig, sample
+from unclip.diffusion.samplers import OnStep, Sampler, SamplerConfig, sample
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import blur, crop, resize, training_pictures
 from unclip.models.sampling import UpsamplerSampling
@@ -110,7 +110,15 @@ class Upsampler(nn.Module):
         return self.diffusion.losses(self.net, pictures, self.net.prepare(low, level), noise)
 
     @torch.no_grad()
-    def sample(self, low: Tensor, how: UpsamplerSampling, noise: Noise, x_T: Tensor | None = None) -> Tensor:
+    def sample(
+        self,
+        low: Tensor,
+        how: UpsamplerSampling,
+        noise: Noise,
+        x_T: Tensor | None = None,
+        *,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
         """low (B, 3, low_size, low_size) in [-1, 1] to (B, 3, image_size, image_size) in [-1, 1]."""
         if how.guidance.scale != 1.0:
             raise ValueError("an upsampler has nothing to guide by: set its guidance.scale=1")
@@ -125,7 +133,7 @@ class Upsampler(nn.Module):
         context = self.net.prepare(resize(low, self.cfg.image_size), level)
         shape = (3, self.cfg.image_size, self.cfg.image_size)
         denoiser = self.diffusion.denoiser(self.net, context, shape=shape, num_steps=how.sampler.num_steps)
-        return sample(how.sampler, denoiser, noise, x_T=x_T).clamp(-1, 1)
+        return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)
 
     def _noised(self, low: Tensor, level: Tensor, noise: Noise) -> Tensor:
         if not self.cfg.max_noise:
