@@ -34,11 +34,9 @@ class Overrides:
 
     def apply(self, pipeline: UnCLIP) -> Sampling:
         """The artifacts' own settings with these in their place."""
-        upsampler = None
-        if self.upsampler_steps is not None and pipeline.upsamplers:
-            upsampler = _changed(pipeline, pipeline.upsamplers[0], self.upsampler_steps, None)
+        upsamplers = {name: _changed(pipeline, name, self.upsampler_steps, None) for name in pipeline.upsamplers}
         decoder = _changed(pipeline, "decoder", self.decoder_steps, self.decoder_guidance)
-        return Sampling(prior=self._prior(pipeline), decoder=decoder, upsampler=upsampler)
+        return Sampling(prior=self._prior(pipeline), decoder=decoder, upsamplers=upsamplers)
 
     def _prior(self, pipeline: UnCLIP) -> AnyPriorSampling:
         how, name = pipeline.models["prior"].default_sampling(), pipeline.manifests["prior"].model

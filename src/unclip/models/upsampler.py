@@ -119,19 +119,24 @@ class Upsampler(nn.Module):
         *,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """low (B, 3, low_size, low_size) in [-1, 1] to (B, 3, image_size, image_size) in [-1, 1]."""
+        """low (B, 3, h, w) in [-1, 1] to a picture larger by image_size / low_size, in [-1, 1].
+
+        Trained for h = w = low_size, the convolutions take any size of which the result is a multiple of the net's stride.
+        """
         if how.guidance.scale != 1.0:
             raise ValueError("an upsampler has nothing to guide by: set its guidance.scale=1")
-        if low.shape[-2:] != (self.cfg.low_size, self.cfg.low_size):
+        factor = self.cfg.image_size // self.cfg.low_size
+        height, width = low.shape[-2] * factor, low.shape[-1] * factor
+        if height % self.cfg.net.stride or width % self.cfg.net.stride:
             raise ValueError(
-                f"the upsampler takes {self.cfg.low_size} pixels a side, the picture has {tuple(low.shape[-2:])}"
+                f"the upsampler cannot make {width}x{height}: both must be multiples of {self.cfg.net.stride}"
             )
         if how.noise_level > self.cfg.max_noise:
             raise ValueError(f"noise_level {how.noise_level} is above {self.cfg.max_noise}, the training's max_noise")
         level = torch.full((len(low),), how.noise_level, device=low.device)
         low = self._noised(low.float(), level, noise)
-        context = self.net.prepare(resize(low, self.cfg.image_size), level)
-        shape = (3, self.cfg.image_size, self.cfg.image_size)
+        context = self.net.prepare(resize(low, (height, width)), level)
+        shape = (3, height, width)
         denoiser = self.diffusion.denoiser(self.net, context, shape=shape, num_steps=how.sampler.num_steps)
         return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)
 
