@@ -14,7 +14,7 @@ LAYERS = [
     {"models", "config", "artifact"},
     {"data", "evaluation"},
     {"stages", "interop"},
-    {"callbacks", "optim", "run_lock", "batches", "jobs", "loading"},
+    {"callbacks", "optim", "run_lock", "batches", "jobs", "loading", "recipe"},
     {"chain"},
     {"manipulate"},
     {"pipeline"},

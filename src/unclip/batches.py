@@ -30,8 +30,8 @@ class Meter:
         self.progress, self.total, self.done = progress, total, 0
 
     def move_to(self, done: int) -> None:
-        self.done = min(done, self.total)
-        if self.progress is not None:
+        before, self.done = self.done, min(done, self.total)
+        if self.progress is not None and self.done != before:
             self.progress(self.done, self.total)
 
 

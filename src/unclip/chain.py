@@ -278,6 +278,10 @@ class Chain:
             return 1 if isinstance(how.prior, NoSampling | None) else AR_STEPS
         return how.upsamplers[stage].sampler.num_steps
 
+    def steps_of_all(self, how: Sampling, masked: bool = False) -> int:
+        """Those of the decoder and the upsamplers together."""
+        return self.num_steps("decoder", how, masked) + sum(self.num_steps(name, how) for name in how.upsamplers)
+
     def _refuse_mixed(self) -> None:
         """All stages must stem from the same CLIP (upsamplers need none), and each must take what the one before makes."""
         clip = self.manifests["clip"].hash

@@ -168,17 +168,20 @@ def interpolation_jobs(latents: Latents, frames: int, seed: int) -> list[Job]:
     return jobs
 
 
-def edit_jobs(latents: Latents, difference: Tensor, thetas: Sequence[float], seed: int, words: dict) -> list[Job]:
-    """One job for each theta, all with the picture's own x_T."""
+def edit_jobs(
+    latents: Latents, differences: Tensor, captions: Sequence[str], thetas: Sequence[float], seed: int
+) -> list[Job]:
+    """For each picture, with its z_d of ``differences`` (B, D) and its caption, a job for each theta, all with its own x_T."""
     assert latents.x_T is not None
     return [
         Job(
             seed,
-            image_emb=toward_text(latents.image_emb[0], difference.cpu(), theta),
-            x_T=latents.x_T[0],
-            title=f"{words['caption']} (θ = {theta:g})",
-            words={"operation": "edit", **words, "theta": theta},
+            image_emb=toward_text(latents.image_emb[i], differences[i].cpu(), theta),
+            x_T=latents.x_T[i],
+            title=f"{caption} (θ = {theta:g})",
+            words={"operation": "edit", "caption": caption, "theta": theta},
         )
+        for i, caption in enumerate(captions)
         for theta in thetas
     ]
 

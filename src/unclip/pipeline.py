@@ -1,6 +1,7 @@
 """UnCLIP: captions and pictures to pictures, through all stages of a chain."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unclip.artifact import Manifest
-from unclip.batches import Again, Batches, Meter, Progress
+from unclip.batches import Again, Batches, Meter, Progress, chunks
 from unclip.chain import Chain
 from unclip.config import Precision
 from unclip.errors import ArtifactError, ConfigError
@@ -84,6 +85,41 @@ class UnCLIP(Chain):
 
         ``negative``: a caption that guidance leads away from, instead of from no caption; without guidance it is refused.
         """
+        full, jobs, batches = self._asked(captions, num, seed, how, batch_size, progress, negative)
+        batches.meter.total = self._total(len(jobs), full, prior=True)
+        return self.run(jobs, full, batches)
+
+    def sample_embeddings(
+        self,
+        captions: Sequence[str],
+        *,
+        num: int = 1,
+        seed: int = 0,
+        how: Sampling | None = None,
+        batch_size: int = 16,
+        progress: Progress | None = None,
+        negative: str | None = None,
+    ) -> Tensor:
+        """What the prior makes of captions, and nothing further: z_i (N, D), in the order of :meth:`generate`'s pictures."""
+        full, jobs, batches = self._asked(captions, num, seed, how, batch_size, progress, negative)
+        batches.meter.total = len(jobs) * self.num_steps("prior", full)
+        found = []
+        for part in chunks(jobs, batch_size):
+            z_i = self._conditions(part, full, batches, 0)[0].image_emb
+            assert z_i is not None
+            found.append(z_i.cpu())
+        return torch.cat(found)
+
+    def _asked(
+        self,
+        captions: Sequence[str],
+        num: int,
+        seed: int,
+        how: Sampling | None,
+        batch_size: int,
+        progress: Progress | None,
+        negative: str | None,
+    ) -> tuple[Sampling, list[Job], Batches]:
         captions, full = check_captions(captions), self.resolved(how)
         self._need_prior("generate")
         if negative is not None:
@@ -93,8 +129,7 @@ class UnCLIP(Chain):
         jobs = [
             Job(seed + j, caption, negative, title=caption, words=words) for caption in captions for j in range(num)
         ]
-        meter = Meter(progress, self._total(len(jobs), full, prior=True))
-        return self._pictures(jobs, full, batches_for(batch_size, meter))
+        return full, jobs, batches_for(batch_size, Meter(progress, 0))
 
     def vary(
         self,
@@ -189,7 +224,8 @@ class UnCLIP(Chain):
 
         def jobs() -> list[Job]:
             latents = find_latents(self, pictures, None, full, batches, invert=True)
-            return edit_jobs(latents, difference, thetas, seed, {"caption": caption, "base_caption": base})
+            found = edit_jobs(latents, difference[None], [caption], thetas, seed)
+            return [replace(job, words={**job.words, "base_caption": base}) for job in found]
 
         return self._lazily(jobs, full, batches)
 
@@ -283,13 +319,13 @@ class UnCLIP(Chain):
         drawn = self.draw([picture.job], picture.how, again, picture.num_tokens)
         return self._finished(picture.job, drawn.images[0], picture.how, picture.places, drawn.num_tokens)
 
-    def _lazily(self, jobs: Any, how: Sampling, batches: Batches) -> Iterator[Picture]:
-        yield from self._pictures(jobs(), how, batches)
+    def _lazily(self, jobs: Callable[[], list[Job]], how: Sampling, batches: Batches) -> Iterator[Picture]:
+        yield from self.run(jobs(), how, batches)
 
-    def _pictures(self, jobs: Sequence[Job], how: Sampling, batches: Batches) -> Iterator[Picture]:
+    def run(self, jobs: Sequence[Job], how: Sampling, batches: Batches) -> Iterator[Picture]:
+        """The pictures of jobs of one kind, ``how`` being resolved: what all the methods above come down to."""
         size = len(jobs) if self.one_at_a_time else batches.size
-        for start in range(0, len(jobs), size):
-            part = jobs[start : start + size]
+        for part in chunks(jobs, size):
             batches.places = {}
             drawn = self.draw(part, how, batches)
             for i, (job, image) in enumerate(zip(part, drawn.images, strict=True)):
@@ -332,8 +368,7 @@ class UnCLIP(Chain):
             )
 
     def _total(self, count: int, how: Sampling, prior: bool = False, masked: bool = False) -> int:
-        stages = [*(["prior"] if prior else []), *how.upsamplers]
-        return count * (self.num_steps("decoder", how, masked) + sum(self.num_steps(stage, how) for stage in stages))
+        return count * (self.steps_of_all(how, masked) + (self.num_steps("prior", how) if prior else 0))
 
 
 def _picked(result: Any, index: int) -> Any:
