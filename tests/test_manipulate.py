@@ -151,7 +151,7 @@ def test_an_interpolation_ends_in_the_reconstructions(chain: UnCLIP):
     assert difference(fixed[0].image, ends[0]) > 1
 
 
-def test_an_edit_begins_with_the_reconstruction_and_keeps_x_T(chain: UnCLIP):
+def test_an_edit_begins_with_the_reconstruction_and_keeps_its_noise(chain: UnCLIP):
     edits = list(chain.edit(PICTURES[0], "a blue cube", base_caption=None, thetas=(0.0, 0.5), how=HOW))
     (same,) = chain.vary(PICTURES[:1], num=1, eta=0.0, how=HOW)
     assert difference(edits[0].image, same.image) <= 1
@@ -265,7 +265,12 @@ def test_a_missing_prior_is_named_and_pictures_can_still_be_varied():
     stages = tiny_stages()
     del stages["prior"]
     chain = UnCLIP(stages)
-    for call in (lambda: chain.generate(["a"]), lambda: chain.mix(PICTURES[0], "a"), lambda: chain.inpaint(PICTURES[0], MASK, "a")):  # fmt: skip
+    calls = (
+        lambda: chain.generate(["a"]),
+        lambda: chain.mix(PICTURES[0], "a"),
+        lambda: chain.inpaint(PICTURES[0], MASK, "a"),
+    )
+    for call in calls:
         with pytest.raises(ArtifactError, match=r"the stage prior is missing, which .* needs: run train-prior"):
             call()
     assert next(chain.vary(PICTURES, how=HOW)).image.shape == (3, 32, 32)
