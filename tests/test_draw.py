@@ -104,6 +104,17 @@ def test_films_show_every_frame(place: Path):
         assert np.abs(frame.astype(int) - large).mean() < 12
 
 
+def test_without_pyav_there_is_a_gif_and_a_word(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture):
+    from unclip.cli import film
+
+    monkeypatch.setattr(film.importlib.util, "find_spec", lambda name: None)
+    frames = [torch.full((3, 8, 8), value, dtype=torch.uint8) for value in (0, 100, 200)]
+    assert film.write_films(frames, tmp_path / "interpolation", rate=4) == [tmp_path / "interpolation.gif"]
+    assert "no interpolation.mp4: it needs `pip install unclip[video]`" in capsys.readouterr().err
+    with Image.open(tmp_path / "interpolation.gif") as gif:
+        assert (gif.n_frames, gif.info["duration"]) == (4, 250)
+
+
 def test_stages_can_be_left_out(place: Path):
     told = json.loads(run(place, "generate", "a cube", "--num", "1", "--stop-after", "decoder", "--json", out="base"))
     assert (told["width"], told["height"]) == (16, 16)

@@ -208,6 +208,9 @@ def test_a_negative_caption_acts_through_guidance(chain: UnCLIP):
     [
         (lambda c: c.generate(["a red cube", " "]), "caption 2 of 2 is empty; say what the picture shows"),
         (lambda c: c.generate([]), "give at least one caption"),
+        (lambda c: c.generate("a red cube"), r"captions must be a list of texts, such as \['a red cube'\]"),
+        (lambda c: c.generate(["a"], num=0), "0 pictures are asked for; ask for at least one"),
+        (lambda c: c.edit(PICTURES[0], "a cube", thetas=()), "0 pictures are asked for"),
         (lambda c: c.generate(["a"], batch_size=0), "batch_size is 0; it must be at least 1"),
         (
             lambda c: c.generate(["a"], how=Sampling(size=(16, 15))),

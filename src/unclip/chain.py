@@ -37,7 +37,6 @@ class Chain:
         precision: Precision = Precision.fp32,
     ) -> None:
         self.device, self.precision = torch.device(device), precision
-        self._autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=precision is Precision.bf16)
         self.one_at_a_time = isinstance(stages, OnDemand)
         self.manifests: dict[str, Manifest] = {}
         self.folders: dict[str, Path] = {}
@@ -59,6 +58,11 @@ class Chain:
     def size(self) -> int:
         """Side of the finished pictures in pixels."""
         return self.configs[self.upsamplers[-1] if self.upsamplers else "decoder"].image_size
+
+    @property
+    def _autocast(self) -> torch.autocast:
+        """A new one each time: threads must not share one."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is Precision.bf16)
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -107,7 +111,10 @@ class Chain:
             return prior.sample(text, how, noise, negative, on_step=on_step).float()
 
     def decode(self, cond: Cond, seeds: Sequence[int], how: Sampling | None = None) -> Tensor:
-        """Decoder and upsamplers: uint8 (B, 3, H, W) on the CPU. A field of ``cond`` that is None is a dropped condition."""
+        """Decoder and upsamplers: uint8 (B, 3, H, W) on the CPU. A field of ``cond`` that is None is a dropped condition.
+
+        Raises ValueError for a z_i that is not finite, which would give a grey or black picture.
+        """
         how = self.resolved(how)
         pictures = self._base(cond, seeds, how)
         for name in how.upsamplers:
@@ -131,6 +138,7 @@ class Chain:
         x_T: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
+        _refuse_nonfinite(cond.image_emb)
         noise = Noise(seeds, self.device).branch("decoder")
         with self._autocast:
             return self.models["decoder"].sample(
@@ -302,6 +310,15 @@ class Chain:
 
 
 AR_STEPS = 100  # progress is counted in steps; an autoregressive prior's codes count as so many
+
+
+def _refuse_nonfinite(image_emb: Tensor | None) -> None:
+    bad = [] if image_emb is None else (~image_emb.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise ConfigError(
+            f"z_i of row {bad[0]} is not finite ({len(bad)} of the batch): look at the prior or at the picture it came from; "
+            "where it was computed in bfloat16, take float32"
+        )
 
 
 def _readable(caption: str) -> str:

@@ -76,12 +76,21 @@ def check_pictures(pictures: Tensor, at_least: int = 1) -> Tensor:
 
 def check_captions(captions: Sequence[str]) -> list[str]:
     """Captions without the spaces around them, none of them empty, or ConfigError."""
+    if isinstance(captions, str):
+        raise ConfigError(f"captions must be a list of texts, such as [{captions!r}]")
     found = [caption.strip() for caption in captions]
     if not found:
         raise ConfigError('give at least one caption, for example "a red cube"')
     if "" in found:
         raise ConfigError(f"caption {found.index('') + 1} of {len(found)} is empty; say what the picture shows")
     return found
+
+
+def check_num(num: int) -> int:
+    """A number of pictures, or ConfigError."""
+    if num < 1:
+        raise ConfigError(f"{num} pictures are asked for; ask for at least one")
+    return num
 
 
 def check_share(name: str, share: float) -> float:

@@ -19,6 +19,7 @@ from unclip.manipulate import (
     DEFAULT_THETAS,
     batches_for,
     check_captions,
+    check_num,
     check_pictures,
     check_share,
     edit_jobs,
@@ -30,6 +31,7 @@ from unclip.manipulate import (
     text_difference,
     variation_jobs,
 )
+from unclip.models.pictures import middle
 from unclip.models.sampling import ARSampling, DiffusionSampling
 from unclip.nets.layers import Cond
 
@@ -53,14 +55,18 @@ class UnCLIP(Chain):
         device: torch.device | str | None = None,
         precision: Precision = Precision.fp32,
         keep_in_memory: Memory = Memory.all,
+        prior: Path | str | None = None,
     ) -> "UnCLIP":
         """All stages below the folder ``runs``: its sub-folders clip, prior, decoder and upsampler*, each a run or an artifact.
 
         ``runs`` may also map these names to folders. Without a prior, captions cannot be drawn, but pictures can be varied.
+        ``prior`` is another prior's folder, in place of the one there.
         ``keep_in_memory`` one holds a single stage at a time: each draws for all pictures before the next one is read.
         Raises :class:`ArtifactError` for a missing stage, a damaged one, or stages of different CLIPs.
         """
         folders = {name: Path(f) for name, f in runs.items()} if isinstance(runs, Mapping) else folders_of(Path(runs))
+        if prior is not None:
+            folders["prior"] = Path(prior)
         if absent := {"clip", "decoder"} - folders.keys():
             raise ArtifactError(f"the stage {min(absent)} is missing: give its folder")
         stages: Mapping[str, tuple[Any, Manifest, Path]] = OnDemand(folders)
@@ -122,6 +128,7 @@ class UnCLIP(Chain):
     ) -> tuple[Sampling, list[Job], Batches]:
         captions, full = check_captions(captions), self.resolved(how)
         self._need_prior("generate")
+        check_num(num)
         if negative is not None:
             self._check_negative(full)
             negative = check_captions([negative])[0]
@@ -149,6 +156,7 @@ class UnCLIP(Chain):
         """
         full = invertible(self, how, eta)
         pictures, batches = check_pictures(pictures), batches_for(batch_size, Meter(progress, 0))
+        check_num(num)
         if captions is not None:
             captions = check_captions(captions)
             if len(captions) != len(pictures):
@@ -216,6 +224,7 @@ class UnCLIP(Chain):
             None if base_caption is None else check_captions([base_caption])[0],
         )
         thetas = [check_share("theta", theta) for theta in thetas]
+        check_num(len(thetas))
         pictures, batches = check_pictures(picture[None]), batches_for(batch_size, Meter(progress, 0))
         text = self.embed_text([caption] if base is None else [caption, base]).text_emb
         assert text is not None
@@ -247,6 +256,7 @@ class UnCLIP(Chain):
         """
         full, caption = self.resolved(how), check_captions([caption])[0]
         weights = [check_share("weight", weight) for weight in weights]
+        check_num(num * len(weights))
         pictures, batches = check_pictures(picture[None]), batches_for(batch_size, Meter(progress, 0))
         self._need_prior("mix")
         batches.meter.total = num * self.num_steps("prior", full) + self._total(num * len(weights), full)
@@ -284,13 +294,14 @@ class UnCLIP(Chain):
         The new part follows the prior's z_i of ``caption``, or the picture's own. It is sampled by RePaint (``how.repaint``).
         """
         full, pictures = self.resolved(how), check_pictures(picture[None])
+        check_num(num)
         if mask.shape != picture.shape[1:]:
             raise ConfigError(
                 f"the mask has {mask.shape[-1]}x{mask.shape[-2]} pixels but the picture {picture.shape[-1]}x"
                 f"{picture.shape[-2]}; draw the mask on the picture"
             )
-        if not bool(mask.any()):
-            raise ConfigError("the mask is empty: what is white (True) in it is repainted")
+        if not bool(middle(mask, self.finished_size(full)).any()):
+            raise ConfigError("the mask is empty: what is white (True) in it is repainted, in the middle that is drawn")
         if caption is not None:
             caption = check_captions([caption])[0]
             self._need_prior("inpaint with a caption")

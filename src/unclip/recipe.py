@@ -23,6 +23,7 @@ from unclip.jobs import Job, Picture, Sampling
 from unclip.models.sampling import ARSampling, NoSampling, PriorSampling
 
 CHUNK = "unclip"  # the PNG text chunk that holds the recipe, as JSON
+LARGEST_BATCH = 4096
 _PRIORS = {cls.__name__: cls for cls in (PriorSampling, ARSampling, NoSampling)}
 _TENSORS = {"image_emb": torch.float32, "x_T": torch.float32, "known": torch.uint8, "mask": torch.bool}
 
@@ -98,7 +99,7 @@ def _picture(history: dict[str, Any], pixels: Tensor) -> Picture:
         sampling = replace(sampling, prior=from_plain(prior, _PRIORS[kind]))
     job = Job(**{name: _restored(name, value) for name, value in again["job"].items()})
     places = {str(stage): (int(size), int(index)) for stage, (size, index) in again["places"].items()}
-    if not all(0 <= index < size for size, index in places.values()):
+    if not all(0 <= index < size <= LARGEST_BATCH for size, index in places.values()):
         raise ValueError("a place outside of its batch")
     return Picture(
         pixels, job.title, job.seed, dict(history["artifacts"]), job.words, job, sampling, places,
