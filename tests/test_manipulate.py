@@ -3,16 +3,20 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_chain import tiny_stages
 from torch.testing import assert_close
 
+from unclip.artifact import Manifest
+from unclip.config import from_plain
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.errors import ArtifactError, ConfigError
 from unclip.manipulate import slerp, text_difference, toward_text
+from unclip.models import REGISTRY, build
 from unclip.models.sampling import DiffusionSampling
 from unclip.pipeline import Picture, Sampling, UnCLIP
 from unclip.recipe import from_png, to_png
@@ -198,6 +202,10 @@ def test_a_negative_caption_acts_through_guidance(chain: UnCLIP):
     )
     assert difference(plain, other) > 0.5
     assert difference(other, third) > 0.5
+    stages = tiny_stages()
+    model = build(from_plain({}, REGISTRY["identity"][0]), stages["clip"][0].interface())
+    stages["prior"] = (model, Manifest("prior", "identity", {}, {"clip": "c"}, hash="i"), Path("prior"))
+    assert len(list(UnCLIP(stages).generate(["a red cube"], negative="a blue sphere"))) == 1, "the decoder is guided"
     unguided = Sampling(decoder=replace(DDIM, guidance=Guidance(1.0)))
     with pytest.raises(ConfigError, match="a negative caption needs guidance"):
         chain.generate(["a red cube"], negative="a blue sphere", how=unguided)

@@ -20,7 +20,7 @@ from unclip.errors import ArtifactError, ConfigError
 from unclip.jobs import Drawn, Job, Sampling, known_parts, laid_over, there
 from unclip.loading import Models, OnDemand
 from unclip.models.pictures import middle, resize, to_range, to_uint8
-from unclip.models.sampling import AnyPriorSampling, DiffusionSampling, NoSampling, UpsamplerSampling
+from unclip.models.sampling import AnyPriorSampling, ARSampling, DiffusionSampling, NoSampling, UpsamplerSampling
 from unclip.nets.layers import Cond
 
 log = logging.getLogger(__name__)
@@ -101,12 +101,12 @@ class Chain:
         negative: Cond | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """z_i (B, D) for embedded captions; ``negative``, one or B rows, is what guidance leads away from."""
+        """z_i (B, D) for embedded captions; ``negative``, one or B rows, is what guidance leads away from, if there is any."""
         prior = self.models["prior"]
         noise = Noise(seeds, self.device).branch("prior")
         how = how or self.defaults["prior"]
         with self._autocast:
-            if negative is None:
+            if negative is None or not is_guided(how):
                 return prior.sample(text, how, noise, on_step=on_step).float()
             return prior.sample(text, how, noise, negative, on_step=on_step).float()
 
@@ -310,6 +310,13 @@ class Chain:
 
 
 AR_STEPS = 100  # progress is counted in steps; an autoregressive prior's codes count as so many
+
+
+def is_guided(how: AnyPriorSampling | None) -> bool:
+    """Whether guidance acts in a prior."""
+    if isinstance(how, ARSampling):
+        return how.guidance_scale != 1
+    return isinstance(how, DiffusionSampling) and how.guidance.scale != 1
 
 
 def _refuse_nonfinite(image_emb: Tensor | None) -> None:

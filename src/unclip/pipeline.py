@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unclip.artifact import Manifest
 from unclip.batches import Again, Batches, Meter, Progress, chunks
-from unclip.chain import Chain
+from unclip.chain import Chain, is_guided
 from unclip.config import Precision
 from unclip.errors import ArtifactError, ConfigError
 from unclip.jobs import Job, Picture, Sampling
@@ -32,7 +32,6 @@ from unclip.manipulate import (
     variation_jobs,
 )
 from unclip.models.pictures import middle
-from unclip.models.sampling import ARSampling, DiffusionSampling
 from unclip.nets.layers import Cond
 
 __all__ = ["Memory", "Picture", "Sampling", "UnCLIP"]
@@ -369,11 +368,8 @@ class UnCLIP(Chain):
             )
 
     def _check_negative(self, how: Sampling) -> None:
-        prior = how.prior
-        acts = isinstance(prior, DiffusionSampling) and prior.guidance.scale != 1
-        acts = acts or (isinstance(prior, ARSampling) and prior.guidance_scale != 1)
         assert how.decoder is not None
-        if not acts and how.decoder.guidance.scale == 1:
+        if not is_guided(how.prior) and how.decoder.guidance.scale == 1:
             raise ConfigError(
                 "a negative caption needs guidance: set a guidance scale other than 1 of prior or decoder"
             )
