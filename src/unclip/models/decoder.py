@@ -134,6 +134,7 @@ class Decoder(nn.Module):
         denoiser = self.denoiser(cond, how, negative, size)
         return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)
 
+    @torch.no_grad()
     def denoiser(
         self,
         cond: Cond,
