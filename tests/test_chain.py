@@ -117,7 +117,20 @@ def test_latents_are_measured_on_data_and_embeddings(chain: Path):
         return json.loads(result.stdout)
 
     runs = chain / "runs"
-    told = run("reconstruct", "--from", runs, "--data", chain / "data", "--num", 4, "--steps", "2,4", "--captions")
+    told = run(
+        "reconstruct",
+        "--from",
+        runs,
+        "--data",
+        chain / "data",
+        "--num",
+        4,
+        "--steps",
+        "2,4",
+        "--captions",
+        "--refinements",
+        2,
+    )
     assert (told["pictures"], told["size"], set(told["psnr_by_steps"])) == (4, 16, {"2", "4"})
     assert all(set(row) == {"inverted", "random"} for row in told["psnr_by_steps"].values())
     picture = chain / "picture.png"

@@ -93,7 +93,9 @@ def counted(chain: UnCLIP, name: str) -> list[tuple[int, int]]:
         "generate": lambda p: chain.generate(["a", "b"], num=2, batch_size=3, progress=p),
         "vary": lambda p: chain.vary(PICTURES, num=2, how=HOW, batch_size=4, progress=p),
         "interpolate": lambda p: chain.interpolate(PICTURES, frames=3, how=HOW, batch_size=4, progress=p),
-        "edit": lambda p: chain.edit(PICTURES[0], "a cube", thetas=(0, 0.1), how=HOW, progress=p),
+        "edit": lambda p: chain.edit(
+            PICTURES[0], "a cube", thetas=(0, 0.1), how=replace(HOW, refinements=2), progress=p
+        ),
         "mix": lambda p: chain.mix(PICTURES[0], "a cube", weights=(0.5,), num=2, progress=p),
         "inpaint": lambda p: chain.inpaint(PICTURES[0], MASK, "a cube", num=2, progress=p),
     }
@@ -107,7 +109,7 @@ def counted(chain: UnCLIP, name: str) -> list[tuple[int, int]]:
         ("generate", 4 * (3 + 3 + 3)),
         ("vary", 3 * 4 + 6 * (4 + 3)),
         ("interpolate", 3 * 4 + 5 * (4 + 3)),
-        ("edit", 4 + 2 * (4 + 3)),
+        ("edit", 2 * 4 + 2 * (4 + 3)),
         ("mix", 2 * 3 + 2 * (3 + 3)),
         ("inpaint", 2 * (3 + 3 + 3)),
     ],
@@ -235,6 +237,10 @@ def test_a_negative_caption_acts_through_guidance(chain: UnCLIP):
         (
             lambda c: c.vary(PICTURES, how=Sampling(decoder=DiffusionSampling())),
             "takes the sampler ddim, .* not ancestr",
+        ),
+        (
+            lambda c: c.vary(PICTURES, how=Sampling(refinements=0)),
+            "refinements is 0; each step backwards needs at least",
         ),
         (lambda c: c.interpolate(PICTURES[:1]), "1 pictures are too few; give at least 2"),
         (lambda c: c.interpolate(PICTURES, frames=1), "frames is 1; an interpolation has at least its 2 ends"),

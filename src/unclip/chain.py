@@ -127,7 +127,7 @@ class Chain:
         x0 = self.fitted(pictures, self.base_size(how)).to(self.device)
         with self._autocast:
             denoiser = self.models["decoder"].denoiser(cond, how.decoder, size=self.base_size(how))
-            return ddim_invert(denoiser, x0, on_step=on_step)
+            return ddim_invert(denoiser, x0, refinements=how.refinements, on_step=on_step)
 
     def _base(
         self,
@@ -275,7 +275,9 @@ class Chain:
         return resize(to_range(middle(pictures, size)), size)
 
     def num_steps(self, stage: str, how: Sampling, masked: bool = False) -> int:
-        """Evaluations that drawing one picture takes of a stage, ``how`` being resolved."""
+        """Evaluations that one picture takes of a stage, or of the decoder backwards ("inversion"); ``how`` is resolved."""
+        if stage == "inversion":
+            return self.num_steps("decoder", how) * how.refinements
         if stage == "decoder":
             assert how.decoder is not None
             count = how.decoder.sampler.num_steps

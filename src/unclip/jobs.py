@@ -19,6 +19,7 @@ class Sampling:
 
     ``size``: height and width of the decoder's picture, multiples of its net's stride; None: the square it was trained for.
     ``last``: the stage to stop after, decoder or an upsampler; None: all upsamplers run. ``repaint`` is for inpainting.
+    ``refinements``: evaluations of the decoder for each step backwards; more of them reconstruct better.
     """
 
     prior: AnyPriorSampling | None = None
@@ -27,6 +28,7 @@ class Sampling:
     size: tuple[int, int] | None = None
     last: str | None = None
     repaint: RePaint = field(default_factory=RePaint)
+    refinements: int = 1
 
 
 @dataclass

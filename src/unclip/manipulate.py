@@ -118,6 +118,8 @@ def invertible(chain: Chain, how: Sampling | None, eta: float = 0.0) -> Sampling
         )
     if not 0 <= eta <= 1:
         raise ConfigError(f"eta is {eta}; it must lie in [0, 1]: 0 reconstructs the picture, 1 varies it most")
+    if full.refinements < 1:
+        raise ConfigError(f"refinements is {full.refinements}; each step backwards needs at least one evaluation")
     sampler = SamplerConfig(Sampler.ddim, full.decoder.sampler.num_steps, eta or None)
     full.decoder = DiffusionSampling(sampler, full.decoder.guidance)
     return full
@@ -134,11 +136,10 @@ def find_latents(
         return Latents(z_i)
     cond = Cond(num_rows=len(pictures)) if captions is None else chain.embed_text(captions)
     cond.image_emb = z_i.to(chain.device)
-    assert how.decoder is not None
     x_T = batches.each(
         "inversion",
         len(pictures),
-        how.decoder.sampler.num_steps,
+        chain.num_steps("inversion", how),
         lambda rows, on_step: chain.invert(pictures[rows], cond.rows(rows), how, on_step).cpu(),
     )
     return Latents(z_i, torch.cat(x_T))

@@ -160,7 +160,7 @@ class UnCLIP(Chain):
             captions = check_captions(captions)
             if len(captions) != len(pictures):
                 raise ConfigError(f"{len(captions)} captions for {len(pictures)} pictures; give one for each")
-        steps = self.num_steps("decoder", full)
+        steps = self.num_steps("inversion", full)
         batches.meter.total = len(pictures) * steps + self._total(num * len(pictures), full)
 
         def jobs() -> list[Job]:
@@ -193,7 +193,7 @@ class UnCLIP(Chain):
         pictures, batches = check_pictures(pictures, at_least=2), batches_for(batch_size, Meter(progress, 0))
         count = (len(pictures) - 1) * (frames - 1) + 1
         inverted = len(pictures) if noise == "slerp" else 0
-        batches.meter.total = inverted * self.num_steps("decoder", full) + self._total(count, full)
+        batches.meter.total = inverted * self.num_steps("inversion", full) + self._total(count, full)
 
         def jobs() -> list[Job]:
             latents = find_latents(self, pictures, None, full, batches, invert=noise == "slerp")
@@ -228,7 +228,7 @@ class UnCLIP(Chain):
         text = self.embed_text([caption] if base is None else [caption, base]).text_emb
         assert text is not None
         difference = text_difference(text[0], None if base is None else text[1])
-        batches.meter.total = self.num_steps("decoder", full) + self._total(len(thetas), full)
+        batches.meter.total = self.num_steps("inversion", full) + self._total(len(thetas), full)
 
         def jobs() -> list[Job]:
             latents = find_latents(self, pictures, None, full, batches, invert=True)

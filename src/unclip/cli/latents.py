@@ -17,6 +17,7 @@ def reconstruct(
     steps: Annotated[str, typer.Option(help="Numbers of DDIM steps, comma-separated.")] = "25,50,100",
     captions: Annotated[bool, typer.Option("--captions", help="The decoder also reads the captions.")] = False,
     decoder_guidance: Annotated[float, typer.Option(help="Guidance scale of the decoder.")] = 1.0,
+    refinements: Annotated[int, typer.Option(min=1, help="Evaluations of the decoder for each step backwards.")] = 1,
     seed: Seed = 0,
     batch_size: BatchSize = 64,
 ) -> None:
@@ -24,8 +25,9 @@ def reconstruct(
     from unclip.cli.reconstruct import measure_reconstruction
 
     measure_reconstruction(
-        runs, data, num=num, steps=steps, captions=captions, guidance=decoder_guidance, seed=seed, batch_size=batch_size
-    )
+        runs, data, num=num, steps=steps, captions=captions, guidance=decoder_guidance, refinements=refinements,
+        seed=seed, batch_size=batch_size,
+    )  # fmt: skip
 
 
 def edit_verdict(

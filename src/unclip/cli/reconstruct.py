@@ -21,7 +21,16 @@ from unclip.pipeline import UnCLIP
 
 
 def measure_reconstruction(
-    runs: Path, data: Path, *, num: int, steps: str, captions: bool, guidance: float, seed: int, batch_size: int
+    runs: Path,
+    data: Path,
+    *,
+    num: int,
+    steps: str,
+    captions: bool,
+    guidance: float,
+    refinements: int,
+    seed: int,
+    batch_size: int,
 ) -> dict[str, dict[str, float]]:
     """Print, for each number of steps, the mean PSNR of the decoder's pictures from inverted and from random x_T."""
     pipeline = UnCLIP.load(runs)
@@ -30,9 +39,10 @@ def measure_reconstruction(
     texts = [s.caption for s in samples] if captions else None
     counts = _counts(steps)
     found = {}
-    hows = [invertible(pipeline, Sampling(decoder=ddim_sampling(n, guidance), last="decoder")) for n in counts]
+    samplings = [ddim_sampling(count, guidance) for count in counts]
+    hows = [invertible(pipeline, Sampling(decoder=one, last="decoder", refinements=refinements)) for one in samplings]
     with bar_of(silent=True) as progress:
-        batches = Batches(batch_size, Meter(progress, 3 * len(samples) * sum(counts)))
+        batches = Batches(batch_size, Meter(progress, (2 + refinements) * len(samples) * sum(counts)))
         for count, how in zip(counts, hows, strict=True):
             latents = find_latents(pipeline, pictures, texts, how, batches, invert=True)
             jobs = variation_jobs(latents, texts, 1, seed, eta=0.0)
@@ -43,6 +53,7 @@ def measure_reconstruction(
             other = [picture.image for picture in drawn]
             found[str(count)] = {"inverted": psnr(true, inverted), "random": psnr(true, other)}
     facts = {"pictures": len(samples), "size": int(true.shape[-1]), "guidance": guidance, "captions": captions}
+    facts["refinements"] = refinements
     typer.echo(json.dumps({"psnr_by_steps": found, **facts}))
     return found
 
