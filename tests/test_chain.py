@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tests_support import TINY, run_command
+from typer.testing import CliRunner
+
+from unclip.cli.app import app
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -105,6 +108,52 @@ def test_verdict_and_report(chain: Path):
     page = (chain / "runs/report.html").read_text()
     assert "data:image/png;base64," in page
     assert "http" not in page.split("</style>")[1].split("base64")[0]
+
+
+def test_latents_are_measured_on_data_and_embeddings(chain: Path):
+    def run(*arguments: object) -> dict:
+        result = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    runs = chain / "runs"
+    told = run(
+        "reconstruct",
+        "--from",
+        runs,
+        "--data",
+        chain / "data",
+        "--num",
+        4,
+        "--steps",
+        "2,4",
+        "--captions",
+        "--refinements",
+        2,
+    )
+    assert (told["pictures"], told["size"], set(told["psnr_by_steps"])) == (4, 16, {"2", "4"})
+    assert all(set(row) == {"inverted", "random"} for row in told["psnr_by_steps"].values())
+    picture = chain / "picture.png"
+    Image.new("RGB", (32, 32), "red").save(picture)
+    probe = (
+        "pca-probe",
+        picture,
+        "--from",
+        runs,
+        "--out",
+        chain / "pca",
+        "--embeddings",
+        runs / "embeddings",
+        "--json",
+    )
+    told = run(*probe, "--components", "1,4,16", "--decoder-steps", 2)
+    assert [row["components"] for row in told["by_components"]] == [1, 4, 16]
+    assert [row["explained_variance"] for row in told["by_components"]][-1] == pytest.approx(1)
+    assert told["by_components"][-1]["cosine"] == pytest.approx(1, abs=1e-4)
+    assert told["by_components"][0]["cosine"] < told["by_components"][1]["cosine"] < 1
+    assert Image.open(chain / "pca" / "pca.png").width > 4 * 96
+    refused = CliRunner().invoke(app, [*map(str, probe), "--components", "17"])
+    assert "--components 17 is not a list of numbers from 1 to 16, such as 20,40,80" in str(refused.exception)
 
 
 def test_an_autoregressive_prior_takes_the_diffusion_priors_place(chain: Path):

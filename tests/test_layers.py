@@ -14,7 +14,10 @@ LAYERS = [
     {"models", "config", "artifact"},
     {"data", "evaluation"},
     {"stages", "interop"},
-    {"callbacks", "optim", "run_lock", "pipeline"},
+    {"callbacks", "optim", "run_lock", "batches", "jobs", "loading", "recipe"},
+    {"chain"},
+    {"manipulate"},
+    {"pipeline"},
     {"train"},
     {"cli"},
 ]

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
-import torch
+from tiny_chain import CONFIGS, random_weights, tiny_stages
 
 from unclip.artifact import Manifest
 from unclip.cli.pictures import Overrides
@@ -12,63 +12,12 @@ from unclip.config import from_plain
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.errors import ArtifactError, ConfigError
 from unclip.models import REGISTRY, build
-from unclip.models.clip import CLIP, CLIPConfig
 from unclip.pipeline import UnCLIP
-
-STEPS = {"sampler": {"name": "ddim", "num_steps": 3}}
-UNET = {"channels": [16, 32], "num_blocks": 1, "groups": 8, "head_dim": 16}
-DIFFUSION = {"predict": "v", "clip_range": 1.0}
-CONFIGS = {
-    "diffusion_prior": {
-        "net": {"width": 32, "depth": 1, "num_heads": 2, "text": "tokens"},
-        "sampling": {**STEPS, "num_candidates": 2},
-    },
-    "decoder": {
-        "image_size": 16,
-        "net": {**UNET, "attention_levels": [1]},
-        "conditioning": {
-            "text": "transformer",
-            "context_dim": 32,
-            "transformer": {"width": 32, "depth": 1, "num_heads": 2},
-        },
-        "diffusion": DIFFUSION,
-        "sampling": {**STEPS, "guidance": {"scale": 2.0}},
-    },
-    "upsampler": {
-        "low_size": 16,
-        "image_size": 32,
-        "net": UNET,
-        "diffusion": DIFFUSION,
-        "sampling": STEPS,
-        "crop_fraction": 0.5,
-    },
-}
-
-
-def random_weights(model: torch.nn.Module) -> torch.nn.Module:
-    """Away from the zero initialisation, under which a net ignores its input."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim >= 2:
-                p.copy_(torch.randn(p.shape, generator=generator) * 2 / p[0].numel() ** 0.5)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
 def pipeline() -> UnCLIP:
-    clip = random_weights(CLIP(CLIPConfig(image_size=16, vision_width=32, vision_heads=2, text_width=32, text_heads=2)))
-    own = clip.interface()
-    stages = {"clip": (clip, Manifest("clip", "clip", {}, {}, hash="c"), Path("clip"))}
-    for name, raw in CONFIGS.items():
-        model = random_weights(build(from_plain(raw, REGISTRY[name][0]), own))
-        stage = "prior" if name == "diffusion_prior" else name
-        stages[stage] = (
-            model,
-            Manifest(stage, name, raw, {"clip": "c" if stage != "upsampler" else ""}, hash=name),
-            Path(stage),
-        )
-    return UnCLIP(stages)
+    return UnCLIP(tiny_stages())
 
 
 def test_one_seed_is_one_picture_at_batch_1_and_7(pipeline: UnCLIP):

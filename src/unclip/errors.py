@@ -26,6 +26,10 @@ class TrainingError(UnclipError):
     """A run cannot go on: its loss is not finite, or its checkpoint cannot be written."""
 
 
+class ResourceError(UnclipError):
+    """The machine has too little memory for what was asked."""
+
+
 @contextmanager
 def told_to_the_user() -> Iterator[None]:
     """Around a command: errors for users, and a full disk, end in one message and exit code 1."""

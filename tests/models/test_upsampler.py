@@ -199,7 +199,6 @@ def test_refused_settings():
     for guidance in (Guidance(2.0), Guidance(interval=(0.2, 0.8)), Guidance(rescale=0.7)):
         with pytest.raises(ValueError, match="nothing to guide by"):
             replace(DDIM, guidance=guidance)
-    model = make()
     with pytest.raises(ValueError, match=r"cannot make 36x32: both must be multiples of 8"):
         make(replace(NET, channels=[8] * 4)).sample(torch.zeros(1, 3, 8, 9), DDIM, Noise([0]))
 

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from unclip.cli.draw import edit, generate, inpaint, interpolate, mix, repeat, vary
 from unclip.cli.embeddings import export_embeddings, import_embeddings
+from unclip.cli.latents import edit_verdict, pca_probe, reconstruct, typographic_probe
 from unclip.errors import ConfigError, told_to_the_user
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -17,6 +19,10 @@ exports = typer.Typer(no_args_is_help=True, help="Turn ours into others' layouts
 app.add_typer(data, name="data")
 app.add_typer(imports, name="import")
 app.add_typer(exports, name="export")
+for command in (generate, vary, interpolate, edit, mix, inpaint, repeat):
+    app.command()(command)
+for command in (reconstruct, edit_verdict, pca_probe, typographic_probe):
+    app.command()(command)
 imports.command("embeddings")(import_embeddings)
 exports.command("embeddings")(export_embeddings)
 
@@ -137,37 +143,6 @@ def wise_ft(
     parents = {"start": first.hash, "tuned": second.hash}
     folder = save(out, model, Manifest("clip", "clip", second.config, second.interface, parents))
     typer.echo(f"wrote {folder}")
-
-
-@app.command()
-def generate(
-    runs: Runs,
-    out: Out,
-    captions: Annotated[list[str] | None, typer.Argument(help="Captions, each in quotes.")] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="File with a caption a line.")
-    ] = None,
-    num: Annotated[int, typer.Option(min=1, help="Pictures a caption.")] = 4,
-    seed: Seed = 0,
-    candidates: Annotated[
-        int | None, typer.Option(min=1, help="z_i drawn by the prior, the best by z_t is kept.")
-    ] = None,
-    prior_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps of the prior.")] = None,
-    prior_guidance: Annotated[float | None, typer.Option(help="Guidance scale of the prior.")] = None,
-    decoder_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps of the decoder.")] = None,
-    decoder_guidance: Annotated[float | None, typer.Option(help="Guidance scale of the decoder.")] = None,
-    upsampler_steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps of each upsampler.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures drawn at once.")] = 16,
-) -> None:
-    """Captions to pictures, with caption, seed and artifact hashes in each PNG, and a contact sheet."""
-    from unclip.cli.pictures import Overrides, write_pictures
-
-    lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else []
-    wanted = [line.strip() for line in [*(captions or []), *lines] if line.strip()]
-    if not wanted:
-        raise ConfigError('give at least one caption, for example "a red cube", or --prompts FILE')
-    overrides = Overrides(candidates, prior_steps, prior_guidance, decoder_steps, decoder_guidance, upsampler_steps)
-    write_pictures(runs, wanted, out, overrides, num=num, seed=seed, batch_size=batch_size)
 
 
 @app.command()

@@ -1,24 +1,32 @@
-"""``unclip generate``: pictures with their history, and a sheet of them."""
+"""What the drawing commands share: sampling settings, input pictures, and the files that they write."""
 
 import json
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import typer
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
-from unclip import __version__
+from unclip.config import Precision
 from unclip.data.shards import Shards
-from unclip.data.transforms import load_image
+from unclip.data.transforms import load_image, read_image, square, to_pil, to_tensor
+from unclip.diffusion.guidance import Guidance
+from unclip.diffusion.repaint import RePaint
+from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.errors import ConfigError
 from unclip.evaluation.sheet import draw_gallery, draw_table, save_picture
-from unclip.models.sampling import AnyPriorSampling, ARSampling, NoSampling
-from unclip.pipeline import Picture, Sampling, UnCLIP
+from unclip.manipulate import INVERTIBLE
+from unclip.models.sampling import AnyPriorSampling, ARSampling, DiffusionSampling, NoSampling
+from unclip.pipeline import Memory, Picture, Sampling, UnCLIP
+from unclip.recipe import from_png, text_chunks, to_image
 
 
 @dataclass
@@ -31,72 +39,222 @@ class Overrides:
     decoder_steps: int | None = None
     decoder_guidance: float | None = None
     upsampler_steps: int | None = None
+    prior_sampler: str | None = None
+    decoder_sampler: str | None = None
+    upsampler_sampler: str | None = None
+    size: str | None = None
+    stop_after: str | None = None
 
-    def apply(self, pipeline: UnCLIP) -> Sampling:
-        """The artifacts' own settings with these in their place."""
-        upsampler = None
-        if self.upsampler_steps is not None and pipeline.upsamplers:
-            upsampler = _changed(pipeline, pipeline.upsamplers[0], self.upsampler_steps, None)
-        decoder = _changed(pipeline, "decoder", self.decoder_steps, self.decoder_guidance)
-        return Sampling(prior=self._prior(pipeline), decoder=decoder, upsampler=upsampler)
+    def apply(self, pipeline: UnCLIP, invertible: bool = False) -> Sampling:
+        """The artifacts' own settings with these in their place; ``invertible``: DDIM without guidance is the decoder's own.
 
-    def _prior(self, pipeline: UnCLIP) -> AnyPriorSampling:
-        how, name = pipeline.models["prior"].default_sampling(), pipeline.manifests["prior"].model
+        Raises :class:`ConfigError` for what a stage cannot do.
+        """
+        own = INVERTIBLE if invertible else pipeline.defaults["decoder"]
+        upsampler = (self.upsampler_steps, None, self.upsampler_sampler)
+        return Sampling(
+            prior=self._prior(pipeline),
+            decoder=_changed(pipeline, "decoder", own, self.decoder_steps, self.decoder_guidance, self.decoder_sampler),
+            upsamplers={n: _changed(pipeline, n, pipeline.defaults[n], *upsampler) for n in pipeline.upsamplers},
+            size=None if self.size is None else parse_size(self.size),
+            last=self._last(pipeline),
+        )
+
+    def _last(self, pipeline: UnCLIP) -> str | None:
+        """``upsampler`` is the first one, where there are several."""
+        if self.stop_after == "upsampler" and pipeline.upsamplers:
+            return pipeline.upsamplers[0]
+        return self.stop_after
+
+    def _prior(self, pipeline: UnCLIP) -> AnyPriorSampling | None:
+        if "prior" not in pipeline.manifests:
+            return None
+        how, name = pipeline.defaults["prior"], pipeline.manifests["prior"].model
+        diffusing = (self.prior_steps, self.prior_guidance, self.prior_sampler)
         if isinstance(how, NoSampling):
-            if self.candidates is not None or self.prior_steps is not None or self.prior_guidance is not None:
+            if any(value is not None for value in (self.candidates, *diffusing)):
                 raise ConfigError(
                     f"the prior of this chain, a {name}, has one answer for a caption: leave out --candidates, "
-                    "--prior-steps and --prior-guidance"
+                    "--prior-steps, --prior-guidance and --prior-sampler"
                 )
             return how
         if isinstance(how, ARSampling):
-            if self.prior_steps is not None:
-                raise ConfigError(
-                    f"the prior of this chain ({name}) draws code by code, not in steps: leave out --prior-steps"
-                )
+            for option, value in (("--prior-steps", self.prior_steps), ("--prior-sampler", self.prior_sampler)):
+                if value is not None:
+                    raise ConfigError(
+                        f"the prior of this chain ({name}) draws code by code, not in steps: leave out {option}"
+                    )
             how = how if self.prior_guidance is None else replace(how, guidance_scale=self.prior_guidance)
         else:
-            how = _changed(pipeline, "prior", self.prior_steps, self.prior_guidance)
+            how = _changed(pipeline, "prior", how, *diffusing)
         return how if self.candidates is None else replace(how, num_candidates=self.candidates)
 
 
-def _changed(pipeline: UnCLIP, stage: str, steps: int | None, scale: float | None) -> Any:
-    """The stage's own sampling settings with these in their place."""
-    model = pipeline.models[stage]
-    how = model.default_sampling()
-    longest = model.cfg.diffusion.num_timesteps
+def _changed(
+    pipeline: UnCLIP, stage: str, how: Any, steps: int | None, scale: float | None, sampler: str | None
+) -> Any:
+    """The sampling settings ``how`` of a stage with these in their place."""
+    longest = pipeline.configs[stage].diffusion.num_timesteps
     if steps is not None and steps > longest:
         raise ConfigError(f"the {stage} was trained with {longest} timesteps; it cannot sample in {steps}: take fewer")
-    if steps is not None:
-        how = replace(how, sampler=replace(how.sampler, num_steps=steps))
-    if scale is not None:
-        how = replace(how, guidance=replace(how.guidance, scale=scale))
+    if sampler is not None and sampler not in Sampler.__members__:
+        raise ConfigError(f"there is no sampler {sampler}; choose one of {', '.join(Sampler.__members__)}")
+    try:
+        if sampler is not None and Sampler[sampler] is not how.sampler.name:
+            how = replace(how, sampler=replace(how.sampler, name=Sampler[sampler], eta=None))
+        if steps is not None:
+            how = replace(how, sampler=replace(how.sampler, num_steps=steps))
+        if scale is not None:
+            how = replace(how, guidance=replace(how.guidance, scale=scale))
+    except ValueError as error:
+        raise ConfigError(f"the {stage}: {error}") from error
     return how
 
 
-def write_pictures(
-    runs: Path, captions: list[str], out: Path, overrides: Overrides, *, num: int, seed: int, batch_size: int
-) -> None:
-    """Generate, write ``NNNN-caption-seed.png`` files and ``sheet.png`` below ``out``."""
-    pipeline = UnCLIP.load(runs)
-    how = overrides.apply(pipeline)
-    drawn = []
-    with Progress(transient=True) as bar:
-        task = bar.add_task("pictures", total=len(captions) * num)
-        pictures = pipeline.generate(
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width of WIDTHxHEIGHT, as 96x64."""
+    match = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text)
+    if match is None:
+        raise ConfigError(f"--size {text} is not WIDTHxHEIGHT in pixels of the decoder, such as 96x64")
+    return int(match[2]), int(match[1])
+
+
+def parse_numbers(option: str, text: str) -> list[float]:
+    """The numbers of a comma-separated list."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"{option} {text} is not a list of numbers such as 0.25,0.5") from error
+
+
+def repainting(how: Sampling, jump_length: int | None, num_resamples: int | None) -> Sampling:
+    """``how`` with another resampling schedule; None keeps its own."""
+    cfg = how.repaint
+    return replace(how, repaint=RePaint(jump_length or cfg.jump_length, num_resamples or cfg.num_resamples))
+
+
+def ddim_sampling(steps: int, guidance: float | None = None) -> DiffusionSampling:
+    """The decoder's settings of what is inverted."""
+    return DiffusionSampling(SamplerConfig(Sampler.ddim, steps), Guidance(1.0 if guidance is None else guidance))
+
+
+@dataclass
+class Request:
+    """What the drawing commands have in common."""
+
+    runs: Path
+    out: Path
+    seed: int = 0
+    batch_size: int = 16
+    precision: str = "fp32"
+    memory: str = "all"
+    as_json: bool = False
+    overrides: Overrides = field(default_factory=Overrides)
+
+    def load(self) -> UnCLIP:
+        """The chain, as asked for."""
+        if self.precision not in Precision.__members__:
+            raise ConfigError(f"--precision {self.precision} is not one of {', '.join(Precision.__members__)}")
+        if self.memory not in Memory.__members__:
+            raise ConfigError(f"--keep-in-memory {self.memory} is not one of {', '.join(Memory.__members__)}")
+        return UnCLIP.load(self.runs, precision=Precision[self.precision], keep_in_memory=Memory[self.memory])
+
+
+Draw = Callable[[UnCLIP, Sampling, Callable[[int, int], None]], Iterator[Picture]]
+
+
+def write_drawn(request: Request, draw: Draw, *, per_row: int, invertible: bool = False) -> list[Picture]:
+    """Draw, write ``NNNN-title-seed.png`` files and ``sheet.png`` to ``request.out``, and say so."""
+    if request.overrides.stop_after == "prior":
+        raise ConfigError("--stop-after prior is for `unclip generate`: nothing else begins with the prior")
+    pipeline = request.load()
+    how = request.overrides.apply(pipeline, invertible)
+    found, rows = [], []
+    with bar_of(request.as_json) as progress:
+        for i, picture in enumerate(draw(pipeline, how, progress)):
+            path = request.out / f"{i:04d}-{_slug(picture.caption)}-{picture.seed}.png"
+            save_picture(to_image(picture), path, text_chunks(picture))
+            rows.append({"file": str(path), "caption": picture.caption, "seed": picture.seed, **picture.words})
+            found.append(picture)
+    shown = [(picture.caption, picture.image.permute(1, 2, 0).numpy()) for picture in found]
+    save_picture(draw_gallery(shown, per_row=per_row), request.out / "sheet.png")
+    height, width = found[0].image.shape[1:]
+    if request.as_json:
+        sheet = str(request.out / "sheet.png")
+        typer.echo(json.dumps({"pictures": rows, "sheet": sheet, "width": width, "height": height}))
+    else:
+        size = f"{width} pixels" if width == height else f"{width}x{height} pixels"
+        typer.echo(f"wrote {len(found)} pictures of {size} and sheet.png to {request.out}")
+    return found
+
+
+@contextmanager
+def bar_of(silent: bool) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on the terminal, fed by the yielded function; ``silent``: on standard error, away from JSON."""
+    with Progress(transient=True, console=Console(stderr=silent)) as bar:
+        task = bar.add_task("sampling steps", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def read_pictures(paths: Sequence[Path]) -> Tensor:
+    """uint8 (B, 3, H, W): as they are where all have one size, else the middle square of each, as large as the smallest."""
+    pictures = [read_image(path) for path in paths]
+    if len({picture.shape for picture in pictures}) == 1:
+        return torch.stack(pictures)
+    side = min(min(picture.shape[1:]) for picture in pictures)
+    return torch.stack([to_tensor(square(to_pil(picture), side)) for picture in pictures])
+
+
+def read_mask(path: Path) -> Tensor:
+    """bool (H, W): True where the picture is white, or at least lighter than middle grey."""
+    return read_image(path).float().mean(dim=0) > 127
+
+
+def read_lines(path: Path | None) -> list[str]:
+    """The lines of a file that are not empty."""
+    if path is None:
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def write_embeddings(request: Request, captions: list[str], num: int, negative: str | None) -> None:
+    """What the prior makes of captions: ``image_emb.npy`` (N, D) float32 and ``rows.json`` below ``request.out``."""
+    pipeline = request.load()
+    how = replace(request.overrides, stop_after=None).apply(pipeline)
+    with bar_of(request.as_json) as progress:
+        z_i = pipeline.sample_embeddings(
             captions,
             num=num,
-            seed=seed,
+            seed=request.seed,
             how=how,
-            batch_size=batch_size,
-            progress=lambda done, total: bar.update(task, completed=done),
+            batch_size=request.batch_size,
+            progress=progress,
+            negative=negative,
         )
-        for i, picture in enumerate(pictures):
-            image = Image.fromarray(picture.image.permute(1, 2, 0).numpy())
-            _save(image, picture, out / f"{i:04d}-{_slug(picture.caption)}-{picture.seed}.png")
-            drawn.append((picture.caption, picture.image.permute(1, 2, 0).numpy()))
-    save_picture(draw_gallery(drawn, per_row=max(num, 4)), out / "sheet.png")
-    typer.echo(f"wrote {len(drawn)} pictures of {pipeline.size} pixels and sheet.png to {out}")
+    rows = [{"caption": caption, "seed": request.seed + j} for caption in captions for j in range(num)]
+    request.out.mkdir(parents=True, exist_ok=True)
+    np.save(request.out / "image_emb.npy", z_i.numpy())
+    (request.out / "rows.json").write_text(json.dumps(rows, indent=2) + "\n")
+    if request.as_json:
+        typer.echo(json.dumps({"image_emb": str(request.out / "image_emb.npy"), "rows": rows}))
+    else:
+        typer.echo(f"wrote {len(rows)} embeddings of width {z_i.shape[1]} to {request.out / 'image_emb.npy'}")
+
+
+def repeat_picture(file: Path, runs: Path, out: Path, as_json: bool) -> None:
+    """Draw the picture of a PNG again, in the precision that it was drawn in, and say how far the two differ."""
+    picture = from_png(file)
+    pipeline = UnCLIP.load(runs, precision=Precision[picture.precision])
+    with bar_of(as_json) as progress:
+        again = pipeline.repeat(picture, progress)
+    save_picture(to_image(again), out, text_chunks(again))
+    difference = int((again.image.int() - picture.image.int()).abs().max())
+    if as_json:
+        typer.echo(json.dumps({"file": str(out), "largest_difference": difference}))
+    else:
+        said = "the same, bit for bit" if difference == 0 else f"colours differ by up to {difference} of 255"
+        typer.echo(f"wrote {out}: {said}")
 
 
 def compare_split(runs: Path, split: Path, out: Path, *, num: int, seed: int, batch_size: int) -> None:
@@ -104,7 +262,7 @@ def compare_split(runs: Path, split: Path, out: Path, *, num: int, seed: int, ba
     pipeline = UnCLIP.load(runs)
     shards = Shards(split)
     samples = [shards.read(i * len(shards) // num) for i in range(min(num, len(shards)))]
-    clip_size = pipeline.models["clip"].image_size
+    clip_size = pipeline.clip_size
     rows = []
     for start in range(0, len(samples), batch_size):
         part = samples[start : start + batch_size]
@@ -121,13 +279,5 @@ def compare_split(runs: Path, split: Path, out: Path, *, num: int, seed: int, ba
     typer.echo(f"wrote {len(rows)} captions to {out}")
 
 
-def _save(image: Image.Image, picture: Picture, path: Path) -> None:
-    info = PngInfo()
-    history = {"caption": picture.caption, "seed": picture.seed, "artifacts": picture.artifacts, "version": __version__}
-    info.add_itxt("unclip", json.dumps(history))
-    info.add_itxt("Description", picture.caption)
-    save_picture(image, path, info)
-
-
 def _slug(caption: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:48] or "caption"
+    return re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:48].strip("-") or "picture"

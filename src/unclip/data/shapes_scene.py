@@ -211,7 +211,8 @@ def _below_sign(placed: Placed) -> Placed:
     return Placed(placed.solid, placed.size, placed.scale * keep, x, y, placed.on_floor)
 
 
-def _single_scene(rng: np.random.Generator, solid: Solid) -> Scene:
+def single_scene(rng: np.random.Generator, solid: Solid) -> Scene:
+    """The solid alone, somewhere on the floor."""
     objects = _place_single(rng, solid)
     caption = say_single(rng, noun_phrase(rng, objects[0].size, solid.colour, solid.shape))
     return Scene(objects, None, _backdrop(rng), None, caption)
@@ -256,7 +257,7 @@ def draw_scene(rng: np.random.Generator, objects: tuple[int, int], signs: float,
     count = _draw_count(rng, low, high)
     pick = _held_out_pair if held_out else _trained_pair
     if count == 1:
-        scene = _single_scene(rng, _any_solid(rng))
+        scene = single_scene(rng, _any_solid(rng))
     elif count == 2:
         a, b = pick(rng)
         scene = _pair_scene(rng, a, RELATIONS[int(rng.integers(len(RELATIONS)))], b)
@@ -276,7 +277,7 @@ def draw_family(rng: np.random.Generator, objects: tuple[int, int], signs: float
     if count == 1:
         colours = [COLOURS[i] for i in rng.permutation(len(COLOURS))[:2]]
         shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[: FAMILY // 2]]
-        scenes = [_single_scene(rng, Solid(c, s)) for c, s in itertools.product(colours, shapes)]
+        scenes = [single_scene(rng, Solid(c, s)) for c, s in itertools.product(colours, shapes)]
     elif count == 2:
         a, b = _trained_pair(rng)
         pairs = ((a, b), _confusable(rng, a, b))
@@ -305,7 +306,7 @@ def verdict_scenes() -> tuple[Scene, ...]:
     """
     rng = np.random.default_rng(20220413)
     singles = list(SOLIDS) + [SOLIDS[i] for i in rng.permutation(len(SOLIDS))[: 64 - len(SOLIDS)]]
-    scenes = [_single_scene(rng, solid) for solid in singles]
+    scenes = [single_scene(rng, solid) for solid in singles]
     asked: set[tuple[Solid, str, Solid]] = set()
     order = [HELD_OUT[i] for _ in range(4) for i in rng.permutation(len(HELD_OUT))]
     for pair in order:

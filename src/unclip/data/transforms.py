@@ -4,6 +4,7 @@ import io
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import simplejpeg
@@ -18,8 +19,19 @@ _DAMAGE = (  # what PIL's decoders raise for damaged files
     Image.DecompressionBombError,
 )  # fmt: skip
 _ORIENTED = (b"Exif\0\0", b"Orientation")  # where a picture may say how the camera was held
+MAX_BYTES = 200_000_000
 MAX_PIXELS = 80_000_000  # a file of a few kilobytes can claim to hold gigabytes
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS stands in for PIL's two limits
+
+
+def read_image(path: Path) -> Tensor:
+    """The picture of a file as uint8 (3, H, W). Raises DataError, with the path, for one that cannot be read."""
+    try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise DataError(f"{size / 1e6:.0f} MB, more than {MAX_BYTES / 1e6:.0f}")
+        return load_image(path.read_bytes())
+    except (OSError, DataError) as error:
+        raise DataError(f"{path}: {error}; give a picture as png, jpg or webp") from error
 
 
 def load_image(content: bytes, size: int | None = None) -> Tensor:

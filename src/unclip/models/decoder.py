@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import GaussianDiffusion
+from unclip.diffusion.gaussian import GaussianDiffusion, NetDenoiser
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, SamplerConfig, sample
@@ -124,20 +124,33 @@ class Decoder(nn.Module):
         negative: Cond | None = None,
         x_T: Tensor | None = None,
         *,
+        size: tuple[int, int] | None = None,
         on_step: OnStep | None = None,
     ) -> Tensor:
-        """Pictures (B, 3, S, S) in [-1, 1], one for each row of ``cond``. Missing conditions count as dropped.
+        """Pictures (B, 3, H, W) in [-1, 1], one for each row of ``cond``. Missing conditions count as dropped.
 
         Guidance is against no condition at all or, where ``negative`` is given, against its caption without z_i.
+        ``size``: height and width; None: image_size, which the decoder was trained for.
         """
-        shape = (3, self.cfg.image_size, self.cfg.image_size)
+        denoiser = self.denoiser(cond, how, negative, size)
+        return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)
+
+    @torch.no_grad()
+    def denoiser(
+        self,
+        cond: Cond,
+        how: DiffusionSampling,
+        negative: Cond | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> NetDenoiser:
+        """The decoder under its conditions, as samplers see it; the arguments are those of :meth:`sample`."""
+        shape = (3, *(size or (self.cfg.image_size, self.cfg.image_size)))
         context = guided_context(
             self.net, self._scaled(cond), how, None if negative is None else self._scaled(negative)
         )
-        denoiser = self.diffusion.denoiser(
+        return self.diffusion.denoiser(
             self.net, context, shape=shape, num_steps=how.sampler.num_levels, guidance=how.guidance
         )
-        return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)
 
     def _check_columns(self, cond: Cond) -> None:
         """In training a missing condition is a mistake; in sampling it counts as dropped."""

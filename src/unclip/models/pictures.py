@@ -31,6 +31,20 @@ def resize(image: Tensor, size: int | tuple[int, int]) -> Tensor:
     return F.interpolate(image, shape, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
 
 
+def middle(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """The largest central part of (..., H, W) that has the proportions of ``size``, height and width."""
+    height, width = image.shape[-2:]
+    scale = min(height / size[0], width / size[1])
+    inner = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+    top, left = (height - inner[0]) // 2, (width - inner[1]) // 2
+    return image[..., top : top + inner[0], left : left + inner[1]]
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """Pictures in [-1, 1] to uint8 on the CPU."""
+    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
+
+
 def training_pictures(image: Tensor | None, size: int) -> Tensor:
     """A batch's uint8 pictures as float32 (B, 3, size, size) in [-1, 1].
 

@@ -84,6 +84,10 @@ class Cond:
         fields = {name: value.repeat_interleave(k, dim=0) for name, value in self._fields().items()}
         return Cond(**fields, num_rows=k * self.num_rows)
 
+    def rows(self, rows: list[int]) -> "Cond":
+        """These rows, in this order, as a batch of their own."""
+        return Cond(**{name: value[rows] for name, value in self._fields().items()}, num_rows=len(rows))
+
     def to(self, device: torch.device | str) -> "Cond":
         return replace(self, **{name: value.to(device) for name, value in self._fields().items()})
 

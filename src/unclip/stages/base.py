@@ -234,11 +234,6 @@ class Stage(pl.LightningModule):
         self.seconds = checkpoint["seconds"]
 
 
-def to_uint8(pictures: Tensor) -> Tensor:
-    """Pictures in [-1, 1] to uint8 on the CPU."""
-    return ((pictures.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu()
-
-
 def _hash(*numbers: int) -> int:
     """A 63-bit seed from several integers."""
     digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()

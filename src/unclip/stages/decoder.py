@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from unclip.data.batch import Batch
+from unclip.models.pictures import to_uint8
 from unclip.nets.conditioned import DecoderText
 from unclip.nets.layers import Cond
-from unclip.stages.base import Row, Stage, to_uint8
+from unclip.stages.base import Row, Stage
 
 
 class DecoderStage(Stage):

@@ -1,7 +1,8 @@
 """The upsamplers: a small picture to a larger one."""
 
 from unclip.data.batch import Batch
-from unclip.stages.base import Row, Stage, to_uint8
+from unclip.models.pictures import to_uint8
+from unclip.stages.base import Row, Stage
 
 
 class UpsamplerStage(Stage):
