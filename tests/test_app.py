@@ -58,6 +58,7 @@ def test_all_commands_are_known():
         "compare",
         "measure",
         "report",
+        "ui",
         "doctor",
     }
 

@@ -13,12 +13,12 @@ LAYERS = [
     {"diffusion", "nets", "errors"},
     {"models", "config", "artifact"},
     {"data", "evaluation"},
-    {"stages", "interop"},
+    {"stages", "interop", "report"},
     {"callbacks", "optim", "run_lock", "batches", "jobs", "loading", "recipe"},
     {"chain"},
     {"manipulate"},
     {"pipeline"},
-    {"train"},
+    {"train", "ui"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

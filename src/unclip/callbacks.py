@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from unclip.data.datamodule import UnclipData
 from unclip.errors import TrainingError
 from unclip.evaluation.sheet import draw_table, save_picture
+from unclip.report.run import CAPTIONS
 from unclip.stages.base import Stage
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,7 @@ class SampleSheet(pl.Callback):
         picture = draw_table(table, stage.columns)
         path = self.folder / f"step-{trainer.global_step:08d}.png"
         save_picture(picture, path)
+        (self.folder / CAPTIONS).write_text(json.dumps([row.caption for row in rows]) + "\n")
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("sheet", [picture], step=trainer.global_step)

@@ -22,6 +22,7 @@ from unclip.errors import ConfigError
 from unclip.models import CLIPConfig, DecoderConfig, ModelConfig, UpsamplerConfig, build, name_of
 from unclip.models.interface import PriorConfig
 from unclip.models.pictures import Bsr
+from unclip.report.run import report_quietly
 from unclip.run_lock import RunLock
 from unclip.stages.base import Stage
 from unclip.stages.clip import ClipStage
@@ -226,6 +227,7 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
         weights = gathered(stage.model.state_dict())
         if trainer.is_global_zero:
             artifact.save(run, weights, manifest)
+            report_quietly(run)
     trainer.strategy.barrier()
     log.info("%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return artifact.locate(run)

@@ -13,7 +13,7 @@ from unclip import artifact
 from unclip.artifact import Manifest
 from unclip.config import to_plain
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import DiffusionConfig, Predict
+from unclip.diffusion.settings import DiffusionConfig, Predict
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import Sampler, SamplerConfig

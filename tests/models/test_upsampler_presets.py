@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unclip.cli.train import CONF
 from unclip.config import typed
-from unclip.diffusion.gaussian import Predict
+from unclip.diffusion.settings import Predict
 from unclip.diffusion.samplers import Sampler
 from unclip.diffusion.schedule import ScheduleName
 from unclip.models import Interface, build

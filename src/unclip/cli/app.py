@@ -239,6 +239,23 @@ def report(
     write_report(runs, {"seconds": seconds, "cpu_seconds": cpu_seconds, "minutes": minutes})
 
 
+@app.command()
+def ui(
+    runs: Runs,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; other than this machine's only with --auth-file.")
+    ] = ("127.0.0.1"),
+    auth_file: Annotated[
+        Path | None, typer.Option(help="File with a line NAME:PASSWORD for each who may use the page.")
+    ] = None,
+) -> None:
+    """A web page to draw, vary, interpolate, edit and inpaint pictures, and to look at runs (needs the extra ui)."""
+    from unclip.ui.serve import serve
+
+    serve(runs, host=host, port=port, auth_file=auth_file)
+
+
 @app.command("inspect")
 def inspect_folder(
     path: Annotated[Path, typer.Argument(help="An embeddings folder, a run or an artifact.")],

@@ -12,6 +12,7 @@ from rich.table import Table
 from unclip.config import typed
 from unclip.data.shards import write_atomic
 from unclip.evaluation.prior import PriorEvaluateConfig, evaluate_prior
+from unclip.report.run import report_quietly
 from unclip.run_lock import RunLock
 
 EVALUATIONS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {"prior": (PriorEvaluateConfig, evaluate_prior)}
@@ -39,6 +40,7 @@ def evaluate(kind: str, raw: DictConfig) -> dict[str, Any]:
     with RunLock(run):
         found = work(cfg)
         write_atomic(run / FILE, (json.dumps(found, indent=2) + "\n").encode())
+        report_quietly(run)
     Console().print(_table(found))
     return found
 
