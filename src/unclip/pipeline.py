@@ -111,7 +111,11 @@ class UnCLIP:
             return prior.sample(text, how or prior.default_sampling(), noise).float()
 
     def decode(self, cond: Cond, seeds: Sequence[int], how: Sampling | None = None) -> Tensor:
-        """Decoder and upsamplers: uint8 (B, 3, S, S) on the CPU. A field of ``cond`` that is None is a dropped condition."""
+        """Decoder and upsamplers: uint8 (B, 3, S, S) on the CPU. A field of ``cond`` that is None is a dropped condition.
+
+        Raises ValueError for a z_i that is not finite, which would give a grey or black picture.
+        """
+        _refuse_nonfinite(cond.image_emb)
         how = how or Sampling()
         decoder = self.models["decoder"]
         noise = Noise(seeds, self.device)
@@ -145,6 +149,15 @@ class UnCLIP:
                 yield Picture(image, caption, s, hashes)
             if progress is not None:
                 progress(min(start + batch_size, len(jobs)), len(jobs))
+
+
+def _refuse_nonfinite(image_emb: Tensor | None) -> None:
+    bad = [] if image_emb is None else (~image_emb.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"z_i of row {bad[0]} is not finite ({len(bad)} of the batch): look at the prior or at the picture it came from; "
+            "where it was computed in bfloat16, take float32"
+        )
 
 
 def _refuse_mixed(stages: dict[str, tuple[Any, Manifest, Path]]) -> None:

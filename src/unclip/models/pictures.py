@@ -21,6 +21,10 @@ def training_pictures(image: Tensor | None, size: int) -> Tensor:
     """A batch's uint8 pictures as float32 (B, 3, size, size) in [-1, 1]; larger ones are resized, smaller refused."""
     if image is None:
         raise ValueError("this model trains on pictures but the batch has none; ask the data for the column image")
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(
+            f"pictures of shape {tuple(image.shape)}; this takes (B, 3, H, W): convert grey and alpha to RGB"
+        )
     if min(image.shape[-2:]) < size:
         raise ValueError(
             f"pictures of {tuple(image.shape[-2:])} pixels but the model makes {size}; "
