@@ -49,6 +49,8 @@ def test_all_commands_are_known():
         "measure",
         "report",
         "doctor",
+        "ema",
+        "plan",
     }
 
 

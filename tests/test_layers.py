@@ -11,10 +11,10 @@ ROOT = Path(unclip.__file__).parent
 # A module may import from its own layer and from those below it.
 LAYERS = [
     {"diffusion", "nets", "errors"},
-    {"models", "config", "artifact"},
+    {"models", "config", "artifact", "ema"},
     {"data", "evaluation"},
     {"stages", "interop"},
-    {"callbacks", "optim", "run_lock", "pipeline"},
+    {"callbacks", "optim", "run_lock", "pipeline", "plan"},
     {"train"},
     {"cli"},
 ]
