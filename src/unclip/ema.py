@@ -100,7 +100,7 @@ def snapshots(run: Path) -> list[Snapshot]:
     for path in sorted((run / FOLDER).glob("*.safetensors")):
         try:
             with safe_open(path, "pt") as file:
-                told = file.metadata()
+                told = file.metadata() or {}
             found.append(Snapshot(path, int(told["step"]), tuple(json.loads(told["widths"]))))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path} is damaged ({error}); remove it, the other snapshots may be enough") from error

@@ -5,6 +5,7 @@ MemTracker follows what is alive. What several devices change is added by the ru
 """
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def measure_step(
                 train_step(losses, optimizer, batch, precision)
                 tracker.reset_mod_stats()  # it follows one forward of a module at a time; the peak stays
         found = next(iter(tracker.get_tracker_snapshot("peak").values()))
-        kinds = {str(getattr(kind, "name", kind)): size for kind, size in found.items()}
+        kinds = {kind.name if isinstance(kind, Enum) else kind: size for kind, size in found.items()}
         sizes = [p.numel() for p in model.parameters()]
         units = [sum(p.numel() for p in unit.parameters()) for unit in _units(model)]
         return Step(
