@@ -60,6 +60,8 @@ def test_all_commands_are_known():
         "report",
         "ui",
         "doctor",
+        "ema",
+        "plan",
     }
 
 

@@ -9,9 +9,13 @@ import pytest
 from tests_support import environment
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
-ELSEWHERE = {"prior", "draws"}  # test_bench_prior.py
+ELSEWHERE = {"prior", "draws", "decoder"}  # test_bench_prior.py, test_bench_decoder.py
 MAIN = 'if __name__ == "__main__":'
-SCRIPTS = {path.stem for path in BENCH.glob("*.py") if MAIN in path.read_text()} - {"turns", "peer_worker"} - ELSEWHERE
+SCRIPTS = (
+    {path.stem for path in BENCH.glob("*.py") if MAIN in path.read_text()}
+    - {"turns", "peer_worker", "decoder_worker"}
+    - ELSEWHERE
+)
 RATIOS = {
     "degrade": {"light_per_s", "full_per_s", "full_vs_bare"},
     "embed": {"embed_vs_bare", "embed_vs_bare_torch_threads"},

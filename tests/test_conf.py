@@ -35,7 +35,7 @@ def composed(root: str, overrides: list[str]):
 def shipped() -> list[tuple[str, list[str]]]:
     cases: list[tuple[str, list[str]]] = [(root, []) for root in ROOTS]
     for path in sorted(CONF.glob("experiment/*.yaml")):
-        stage = next(s for s in STAGE_OF if f"_{s}" in path.stem)
+        stage = next((s for s in STAGE_OF if f"_{s}" in path.stem), "decoder")  # base128
         asked = ["data.others=[{path: second}]"] if path.stem == "paper_clip" else []
         cases.append((STAGE_OF[stage], [f"experiment={path.stem}", *asked]))
     cases += [("evaluate", [f"evaluation={path.stem}"]) for path in sorted(CONF.glob("evaluation/*.yaml"))]

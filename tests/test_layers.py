@@ -11,10 +11,10 @@ ROOT = Path(unclip.__file__).parent
 # A module may import from its own layer and from those below it.
 LAYERS = [
     {"diffusion", "nets", "errors"},
-    {"models", "config", "artifact"},
+    {"models", "config", "artifact", "ema"},
     {"data", "evaluation"},
     {"stages", "interop", "report"},
-    {"callbacks", "optim", "run_lock", "batches", "jobs", "loading", "recipe"},
+    {"callbacks", "optim", "run_lock", "batches", "jobs", "loading", "recipe", "plan"},
     {"chain"},
     {"manipulate"},
     {"pipeline"},

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_chain import CONFIGS, random_weights, tiny_stages
 
 from unclip.artifact import Manifest
@@ -89,3 +90,11 @@ def test_a_caption_of_a_thousand_words_is_cut_with_a_warning(
     caplog.clear()
     list(pipeline.generate(["a red cube"]))
     assert not caplog.text
+
+
+def test_a_z_i_that_is_not_finite_is_named(pipeline: UnCLIP):
+    cond = pipeline.embed_text(["a cube"] * 3)
+    cond.image_emb = pipeline.sample_prior(cond, [0, 1, 2])
+    cond.image_emb[1, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"z_i of row 1 is not finite \(1 of the batch\)"):
+        pipeline.decode(cond, [0, 1, 2])

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -278,13 +279,32 @@ class Worker:
 
     def memory(self) -> dict[str, float]:
         """The process's largest resident size so far, in MB."""
-        with open("/proc/self/status") as status:
-            return {"megabytes": next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024}
+        return {"megabytes": resident_megabytes()}
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return now(self.device)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device's queued work is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def resident_megabytes() -> float:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+
+
+def serve(requests: dict[str, Callable[..., dict[str, Any]]]) -> None:
+    """Answer JSON lines until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the libraries print must not come between the answers
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = requests[request.pop("do")](**request)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def main() -> None:
@@ -296,12 +316,7 @@ def main() -> None:
         "sample": worker.sample,
         "memory": worker.memory,
     }
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print must not come between the answers
-    for line in sys.stdin:
-        request = json.loads(line)
-        answer = requests[request.pop("do")](**request)
-        print(json.dumps(answer), file=answers, flush=True)
+    serve(requests)
 
 
 if __name__ == "__main__":

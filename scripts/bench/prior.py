@@ -45,10 +45,10 @@ DIFFERENCES = {
 class Side:
     """A worker process and the questions it answers. Raises RuntimeError with the worker's own words when it fails."""
 
-    def __init__(self, name: str, python: Path | str) -> None:
+    def __init__(self, name: str, python: Path | str, worker: str = "peer_worker.py") -> None:
         self.name = name
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
-        command = [str(python), str(HERE / "peer_worker.py"), name]
+        command = [str(python), str(HERE / worker), name]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
         )

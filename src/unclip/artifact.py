@@ -119,16 +119,12 @@ def load(folder: Path | str, *, kind: str | None = None) -> tuple[nn.Module, Man
 
     manifest = read_manifest(folder, kind=kind)
     path = locate(folder)
-    if _sha256(path / WEIGHTS) != manifest.weights_sha256:
-        raise ArtifactError(
-            f"{path / WEIGHTS} is not the file that {MANIFEST} describes: it was altered or cut short. "
-            "Copy the artifact again or train the stage again."
-        )
+    weights = _checked_weights(path, manifest)
     with _Unfilled():
         model = build(_config(manifest, path), Interface(**manifest.interface))
     try:
-        model.load_state_dict(load_file(path / WEIGHTS), strict=True)
-    except (RuntimeError, ValueError, SafetensorError) as error:
+        model.load_state_dict(weights, strict=True)
+    except (RuntimeError, ValueError) as error:
         raise ArtifactError(f"{path / WEIGHTS} does not fit the model in {MANIFEST}: {error}") from error
     if manifest.statistics_sha256:
         owner: Any = model
@@ -144,6 +140,23 @@ class _Unfilled(TorchFunctionMode):
         if func in FILLS:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+def read_weights(folder: Path | str) -> dict[str, Tensor]:
+    """The weights and buffers of a run or artifact folder by name; raises :class:`ArtifactError` as :func:`load` does."""
+    return _checked_weights(locate(folder), read_manifest(folder))
+
+
+def _checked_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    if _sha256(path / WEIGHTS) != manifest.weights_sha256:
+        raise ArtifactError(
+            f"{path / WEIGHTS} is not the file that {MANIFEST} describes: it was altered or cut short. "
+            "Copy the artifact again or train the stage again."
+        )
+    try:
+        return load_file(path / WEIGHTS)
+    except (ValueError, SafetensorError) as error:
+        raise ArtifactError(f"{path / WEIGHTS} cannot be read: {error}") from error
 
 
 def add_statistics(folder: Path | str, model: HasStatistics) -> Path:

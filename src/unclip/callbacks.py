@@ -19,10 +19,12 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from unclip.data.datamodule import UnclipData
+from unclip.ema import drop_after, save_snapshot
 from unclip.errors import TrainingError
 from unclip.evaluation.sheet import draw_table, save_picture
 from unclip.report.run import CAPTIONS
 from unclip.stages.base import Stage
+from unclip.stages.sharded import gathered
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +165,31 @@ class Checkpoint(pl.Callback):
                 f"{self.path} could not be written ({error}); the checkpoint before it, if any, is whole. "
                 f"Free disk space there and in {tempfile.gettempdir()}, and run the same command again"
             ) from error
+
+
+class Snapshots(pl.Callback):
+    """Keeps the power-function averages every ``ema_snapshot_every`` steps, for `unclip ema`."""
+
+    def __init__(self, run: Path, resumed_step: int) -> None:
+        self.run = run
+        drop_after(run, resumed_step)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:  # type: ignore[override]
+        every = pl_module.optim_cfg.ema_snapshot_every
+        if every and trainer.global_step % every == 0:
+            self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        stage = trainer.lightning_module
+        assert isinstance(stage, Stage)
+        optimizer: Any = trainer.optimizers[0]
+        averages = {
+            width: gathered(optimizer.profile(stage.model, i)) for i, width in enumerate(stage.optim_cfg.ema_profiles)
+        }
+        if averages and trainer.is_global_zero:
+            save_snapshot(self.run, trainer.global_step, averages)
 
 
 class StopOnLimitOrSignal(pl.Callback):

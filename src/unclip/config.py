@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from unclip.errors import ConfigError
 
 T = TypeVar("T")
+WIDEST_EMA = 0.28  # below 12**-0.5, the relative width of a plain mean over the whole run
 FREE = {"free": True}  # metadata of a field that may change between a run and its resumption
 
 
@@ -44,7 +45,9 @@ class OptimConfig:
 
     ``lr`` is reached after ``warmup_steps`` and then decays over the run to ``final_lr`` x lr. ``grad_clip`` is the
     largest global gradient norm (0: no clipping). ``ema_decay`` is the limit of the EMA decay; early on it is
-    (1 + step) / (10 + step), so short runs are not averaged with their initialisation (0: no EMA). ``sam_rho`` > 0 takes
+    (1 + step) / (10 + step), so short runs are not averaged with their initialisation (0: no EMA). ``ema_profiles`` adds
+    power-function averages of these relative widths (Karras et al. 2024: [0.05, 0.1]); every ``ema_snapshot_every`` steps
+    the run keeps them (0: only at its end), and `unclip ema` makes an average of any width of them. ``sam_rho`` > 0 takes
     each gradient at the worst point of that distance (sharpness-aware minimisation; the paper's CLIP: 0.1), which costs a
     second pass. ``layer_decay`` < 1 multiplies the rate of a layer by it for each layer above (CLIP only).
     """
@@ -59,6 +62,8 @@ class OptimConfig:
     final_lr: float = 0.0
     grad_clip: float = 1.0
     ema_decay: float = 0.9999
+    ema_profiles: list[float] = field(default_factory=list)
+    ema_snapshot_every: int = field(default=0, metadata=FREE)
     sam_rho: float = 0.0
     layer_decay: float = 1.0
 
@@ -71,6 +76,16 @@ class OptimConfig:
             raise ConfigError(f"optim.layer_decay={self.layer_decay} must lie in (0, 1]; 1 gives all layers one rate")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"optim.ema_decay={self.ema_decay} must lie in [0, 1); 0 switches the EMA off")
+        for width in self.ema_profiles:
+            if not 0 < width < WIDEST_EMA:
+                raise ConfigError(
+                    f"optim.ema_profiles holds {width}; a relative width lies between 0 and {WIDEST_EMA}, usually [0.05, 0.1]"
+                )
+        if self.ema_snapshot_every < 0 or (self.ema_snapshot_every and not self.ema_profiles):
+            raise ConfigError(
+                f"optim.ema_snapshot_every={self.ema_snapshot_every} counts steps between snapshots of ema_profiles: set "
+                "optim.ema_profiles=[0.05,0.1] beside it, or leave it 0"
+            )
 
 
 class OnNonfinite(Enum):

@@ -1,7 +1,7 @@
 """AdamW whose state holds the EMA of the weights, weight-decay groups, learning-rate progress and gradient clipping.
 
-The EMA lives beside Adam's moments (``state[p]["ema"]``, float32), so that checkpoints and sharding carry it with no further
-code. It covers trainable weights only: never buffers, never a frozen CLIP.
+The averages live beside Adam's moments (``state[p]["ema"]`` and ``["ema_profile_0"]``, …; float32), so that checkpoints and
+sharding carry them with no further code. They cover trainable weights only: never buffers, never a frozen CLIP.
 """
 
 import math
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from unclip.config import Decay, OptimConfig
+from unclip.ema import exponent
 from unclip.errors import ConfigError
 
 
@@ -22,6 +23,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
         self.ema_decay = cfg.ema_decay
+        self.exponents = {f"ema_profile_{i}": exponent(width) for i, width in enumerate(cfg.ema_profiles)}
         super().__init__(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
         self._trained: list[tuple[Tensor, Tensor]] = []  # weights and their trained values, within ema_weights
         for group in self.param_groups:
@@ -29,21 +31,36 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One AdamW step, then ema <- decay * ema + (1 - decay) * weights with decay = min(limit, (1 + n) / (10 + n))."""
+        """One AdamW step, then ema <- decay * ema + (1 - decay) * weights with decay = min(limit, (1 + n) / (10 + n)).
+
+        The profiles' decay is (1 - 1 / n)^(gamma + 1) (Karras et al. 2024, eq. 2), also in a step without gradients.
+        """
         result = super().step(closure)
         for group in self.param_groups:
             n = group["updates"] = group["updates"] + 1
             weights = [p for p in group["params"] if p.grad is not None]
             if self.ema_decay and weights:
-                decay = min(self.ema_decay, (1 + n) / (10 + n))
-                torch._foreach_lerp_(_local(self._averages(weights)), _local(weights), 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+                self._lerp(weights, "ema", 1 - min(self.ema_decay, (1 + n) / (10 + n)))
+            weights = [p for p in group["params"] if p.grad is not None or p in self.state]
+            for name, gamma in self.exponents.items():
+                if weights:
+                    self._lerp(weights, name, 1 - (1 - 1 / n) ** (gamma + 1))
         return result
 
-    def _averages(self, weights: list[Tensor]) -> list[Tensor]:
+    def _lerp(self, weights: list[Tensor], name: str, share: float) -> None:
+        """state[p][name] <- (1 - share) state[p][name] + share p; a new average starts at p."""
         for p in weights:
-            if "ema" not in self.state[p]:
-                self.state[p]["ema"] = p.detach().float().clone()
-        return [self.state[p]["ema"] for p in weights]
+            if name not in self.state[p]:
+                self.state[p][name] = p.detach().float().clone()
+        averages = [self.state[p][name] for p in weights]
+        torch._foreach_lerp_(_local(averages), _local(weights), share)  # pyright: ignore[reportPrivateImportUsage]
+
+    def profile(self, model: nn.Module, index: int) -> dict[str, Tensor]:
+        """The power-function average of ``cfg.ema_profiles[index]``, by the names of the model's weights."""
+        name = f"ema_profile_{index}"
+        return {
+            n: self.state[p][name] for n, p in model.named_parameters() if p in self.state and name in self.state[p]
+        }
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:

@@ -14,7 +14,15 @@ import yaml
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from unclip import artifact
-from unclip.callbacks import Checkpoint, JsonlLogger, Metrics, ProgressBar, SampleSheet, StopOnLimitOrSignal
+from unclip.callbacks import (
+    Checkpoint,
+    JsonlLogger,
+    Metrics,
+    ProgressBar,
+    SampleSheet,
+    Snapshots,
+    StopOnLimitOrSignal,
+)
 from unclip.config import LoggerConfig, LoggerName, OptimConfig, Precision, TrainerConfig, identity, to_plain
 from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.data.degrade import Degrade
@@ -152,6 +160,7 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
     callbacks = [
         Metrics(),
         SampleSheet(run / "samples"),
+        Snapshots(run, start),
         StopOnLimitOrSignal(checkpoint),
         checkpoint,
         ProgressBar(title),
@@ -205,7 +214,7 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
             trainer.validate(stage, datamodule=data, verbose=False, weights_only=True)
     metrics = stage.val_metrics
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, Checkpoint):
+        if isinstance(callback, (Checkpoint, Snapshots)):
             callback.save(trainer)
         if isinstance(callback, SampleSheet):
             callback.draw(trainer, stage)

@@ -269,3 +269,21 @@ def test_weights_rounded_once_give_the_same_bits(clip: CLIP) -> None:
         for ours, wanted in zip(rounded.encode_text(tokens), clip.encode_text(tokens), strict=True):
             assert torch.equal(ours, wanted)
     assert sum(p.dtype == torch.bfloat16 for p in rounded.parameters()) >= 12
+
+
+@torch.no_grad()
+def test_the_caption_of_no_words_stands_beside_the_embeddings(
+    tmp_path: Path, data: Path, clip: CLIP, interface: Interface
+) -> None:
+    embed_with(clip, interface, config(tmp_path, data))
+    path = tmp_path / "empty_caption.safetensors"
+    found, whole = Embeddings(tmp_path, "train").empty_caption(), path.read_bytes()
+    text_emb, text_seq = clip.encode_text(clip.tokenize([""])[:, :2])
+    assert found["tokens"].tolist() == clip.tokenize([""])[0, :2].tolist()
+    torch.testing.assert_close(found["text_emb"], text_emb[0])
+    torch.testing.assert_close(found["text_seq"], text_seq[0])
+    path.unlink()
+    with pytest.raises(DataError, match="the same unclip-embed again adds what CLIP makes of the caption"):
+        Embeddings(tmp_path, "train").empty_caption()
+    embed_with(clip, interface, config(tmp_path, data))
+    assert path.read_bytes() == whole

@@ -12,11 +12,12 @@ from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.diffusion.settings import DiffusionConfig, Predict
+from unclip.errors import ConfigError
 from unclip.models.decoder import Decoder, DecoderConfig, EmbeddingNorm, guided_context
 from unclip.models.interface import Interface
 from unclip.models.sampling import DiffusionSampling
-from unclip.nets.conditioned import ConditioningConfig, DecoderText
-from unclip.nets.layers import Cond
+from unclip.nets.conditioned import ConditioningConfig, DecoderText, NullText
+from unclip.nets.layers import Cond, Keep
 from unclip.nets.transformer import TextTransformerConfig
 from unclip.nets.unet import UNetConfig
 
@@ -272,3 +273,54 @@ def test_refused_settings():
     for column in ("image_emb", "tokens"):
         with pytest.raises(ValueError, match=f"no column {column}"):
             make().losses(replace(make_batch(), **{column: None}), Noise([1, 2, 3, 4]))
+
+
+class Stored:
+    """Embeddings that hold the caption "" only."""
+
+    def __init__(self):
+        torch.manual_seed(5)
+        self.found = {"tokens": torch.tensor([38, 39]), "text_emb": 3 * torch.randn(D), "text_seq": torch.randn(2, 10)}
+
+    def empty_caption(self) -> dict[str, torch.Tensor]:
+        return self.found
+
+
+@pytest.mark.parametrize("norm", list(EmbeddingNorm))
+def test_a_stored_empty_caption_is_what_guidance_pushes_away_from(norm: EmbeddingNorm):
+    text = ConditioningConfig(text=DecoderText.clip_states, text_emb=True, context_dim=16, null_text=NullText.empty)
+    model, embeddings = make(conditioning=text, diffusion=V, embedding_norm=norm), Stored()
+    with pytest.raises(ConfigError, match=r"null_text=empty needs .* set data\.embeddings"):
+        model.fit(None)
+    model.fit(embeddings)
+    batch, zero = make_batch(2), replace(DDIM, guidance=Guidance(0.0))
+    drawn = model.sample(model.cond(batch), zero, Noise([1, 2]))
+    empty = {name: value.expand(2, *value.shape) for name, value in embeddings.found.items()}
+    alone = model.sample(Cond(**empty), replace(DDIM, guidance=Guidance(1.0)), Noise([1, 2]))
+    assert_close(drawn, alone, atol=1e-4, rtol=0)
+    assert (model.sample(model.cond(batch), DDIM, Noise([1, 2])) - drawn).abs().mean() > 1e-3
+
+
+def test_odd_shapes_are_told():
+    model, noise = make(diffusion=V), Noise([1, 2, 3, 4])
+    batch = make_batch()
+    with pytest.raises(ValueError, match=r"image_emb has the shape \(4, 5\) where this decoder takes \(4, 12\)"):
+        model.losses(replace(batch, image_emb=batch.image_emb[:, :5]), noise)
+    with pytest.raises(ValueError, match=r"image_emb has the shape \(4, 1, 12\)"):
+        model.sample(replace(model.cond(batch), image_emb=batch.image_emb[:, None]), DDIM, noise)
+    for channels in (1, 4):
+        with pytest.raises(
+            ValueError, match=rf"pictures of shape \(4, {channels}, 8, 8\).*convert grey and alpha to RGB"
+        ):
+            model.losses(replace(batch, image=torch.zeros(4, channels, 8, 8, dtype=torch.uint8)), noise)
+    with pytest.raises(ValueError, match="sides must be multiples of 2"):
+        model.net(torch.zeros(1, 3, 8, 7), torch.zeros(1), model.net.prepare(Cond(num_rows=1), Keep()))
+    with pytest.raises(ValueError, match=r"pictures of shape \(3, 8, 8\); a U-Net takes"):
+        model.net(torch.zeros(3, 8, 8), torch.zeros(1), model.net.prepare(Cond(num_rows=1), Keep()))
+
+
+def test_a_nan_in_an_embedding_makes_the_loss_nan():
+    """So that the stage stops there and names the sample."""
+    model, batch = make(diffusion=V, drop_image=0.0), make_batch()
+    batch.image_emb[1, 3] = torch.nan
+    assert model.losses(batch, Noise([1, 2, 3, 4]))["mse"].isnan()

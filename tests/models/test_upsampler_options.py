@@ -13,10 +13,10 @@ from unclip import artifact
 from unclip.artifact import Manifest
 from unclip.config import to_plain
 from unclip.data.batch import Batch
-from unclip.diffusion.settings import DiffusionConfig, Predict
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import Sampler, SamplerConfig
+from unclip.diffusion.settings import DiffusionConfig, Predict
 from unclip.errors import ConfigError
 from unclip.models.interface import Interface
 from unclip.models.pictures import Bsr, resize, to_range

@@ -7,9 +7,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from unclip.cli.train import CONF
 from unclip.config import typed
-from unclip.diffusion.settings import Predict
 from unclip.diffusion.samplers import Sampler
 from unclip.diffusion.schedule import ScheduleName
+from unclip.diffusion.settings import Predict
 from unclip.models import Interface, build
 from unclip.models.pictures import Bsr
 from unclip.models.upsampler import Upsampler

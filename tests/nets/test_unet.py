@@ -1,9 +1,9 @@
 import pytest
 import torch
-from torch import nn
 from torch.testing import assert_close
+from unet_support import assert_same_gradients, randomise
 
-from unclip.nets.conditioned import NOISE_LEVELS, ConditioningConfig, DecoderNet, DecoderText, UpsamplerNet
+from unclip.nets.conditioned import NOISE_LEVELS, ConditioningConfig, DecoderNet, DecoderText, NullText, UpsamplerNet
 from unclip.nets.layers import ClipWidths, Cond, Keep, Null
 from unclip.nets.transformer import TextTransformerConfig
 from unclip.nets.unet import UNet, UNetConfig, UNetContext
@@ -11,15 +11,6 @@ from unclip.nets.unet import UNet, UNetConfig, UNetContext
 D, N = 24, 7
 WIDTHS = ClipWidths(embed_dim=D, text_width=D, context_length=N, vocab_size=50)
 SMALL = UNetConfig(channels=[16, 32], num_blocks=1, attention_levels=[1], head_dim=8, groups=8)
-
-
-def randomise(module: nn.Module) -> None:
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=parameter[0].numel() ** -0.5)
-            else:
-                parameter.normal_(std=0.1).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
 
 
 def make_net(text: DecoderText, image: bool = True, cfg: UNetConfig = SMALL, **options) -> DecoderNet:
@@ -41,67 +32,6 @@ def make_cond(batch: int = 3) -> Cond:
         text_mask=mask,
         tokens=torch.randint(1, 40, (batch, N)) * mask,
     )
-
-
-def assert_same_gradients(net: nn.Module, reference: nn.Module) -> None:
-    wanted = {name: parameter.grad for name, parameter in reference.named_parameters()}
-    for name, parameter in net.named_parameters():
-        assert parameter.grad is not None, name
-        theirs = wanted[name if name in wanted else name.removeprefix("unet.")]  # our net holds diffusers' as ``unet``
-        scale = theirs.abs().max()
-        assert scale > 0, name
-        assert (parameter.grad - theirs).abs().max() / scale < 1e-4, name
-
-
-def test_equals_diffusers_decoder_forward_and_backward():
-    diffusers = pytest.importorskip("diffusers")
-    text_proj_module = pytest.importorskip("diffusers.pipelines.deprecated.unclip.text_proj")
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=16,
-        in_channels=3,
-        out_channels=6,
-        layers_per_block=2,
-        norm_num_groups=8,
-        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D", "SimpleCrossAttnDownBlock2D"),
-        up_block_types=("SimpleCrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
-        block_out_channels=(16, 32, 48),
-        cross_attention_dim=20,
-        attention_head_dim=8,
-        resnet_time_scale_shift="scale_shift",
-        class_embed_type="identity",
-    )
-    text_proj = text_proj_module.UnCLIPTextProjModel(clip_embeddings_dim=D, time_embed_dim=64, cross_attention_dim=20)
-    reference = nn.ModuleDict({"text_proj": text_proj, "unet": unet})
-    torch.manual_seed(0)
-    randomise(reference)
-    cfg = UNetConfig(channels=[16, 32, 48], num_blocks=2, attention_levels=[1, 2], head_dim=8, groups=8)
-    conditioning = ConditioningConfig(
-        text=DecoderText.clip_states, text_emb=True, context_dim=20, null_image=Null.learned
-    )
-    net = DecoderNet(cfg, conditioning, WIDTHS, out_channels=6)
-    net.load_state_dict(reference.state_dict())
-
-    cond, x_t, timestep = make_cond(), torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999])
-    keep_image = torch.tensor([True, False, True])
-    out = net(x_t, timestep, net.prepare(cond, Keep(image=keep_image)))
-
-    null = text_proj.learned_classifier_free_guidance_embeddings
-    hidden, additive = text_proj(
-        image_embeddings=torch.where(keep_image[:, None], cond.image_emb, null),
-        prompt_embeds=cond.text_emb,
-        text_encoder_hidden_states=cond.text_seq,
-        do_classifier_free_guidance=False,
-    )
-    mask = nn.functional.pad(cond.text_mask, (4, 0), value=True)
-    wanted = unet(x_t, timestep, encoder_hidden_states=hidden, class_labels=additive, attention_mask=mask).sample
-
-    assert wanted.std() > 0.1
-    assert_close(out, wanted, atol=1e-5, rtol=1e-5)
-    target = torch.randn_like(out)
-    (out * target).mean().backward()
-    (wanted * target).mean().backward()
-    assert_same_gradients(net, reference)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +103,17 @@ def test_masked_positions_and_trimming_change_nothing(text: DecoderText):
     assert_close(net(x_t, timestep, net.prepare(short, Keep())), out, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("null", list(Null))
+@pytest.mark.parametrize(
+    ("null_image", "null_text"),
+    [(Null.zero, NullText.zero), (Null.learned, NullText.learned), (Null.zero, NullText.empty)],
+)
 @pytest.mark.parametrize("text", list(DecoderText))
-def test_dropped_conditions_are_not_seen_and_equal_missing_ones(text: DecoderText, null: Null):
-    net = make_net(text, text_emb=True, null_image=null, null_text=null)
+def test_dropped_conditions_are_not_seen_and_equal_missing_ones(
+    text: DecoderText, null_image: Null, null_text: NullText
+):
+    net = make_net(text, text_emb=True, null_image=null_image, null_text=null_text)
+    if null_text is NullText.empty:
+        net.text_proj.set_empty_caption(torch.tensor([48, 49]), torch.randn(D), torch.randn(2, D))
     cond, x_t, timestep = make_cond(), torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999])
     nothing, everything = torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
     full = net(x_t, timestep, net.prepare(cond, Keep(everything, everything)))

@@ -206,6 +206,32 @@ def prior_stats(
     add_statistics(run, num=num, seed=seed, batch_size=batch_size, data=data_path, embeddings=embeddings)
 
 
+@app.command()
+def ema(
+    run: Annotated[Path, typer.Argument(exists=True, help="A finished run with snapshots (optim.ema_profiles).")],
+    sigma_rel: Annotated[float, typer.Option(help="Relative width of the average, such as 0.05 or 0.15.")],
+    out: Out,
+    step: Annotated[int | None, typer.Option(min=1, help="Snapshot to end at; default: the last.")] = None,
+) -> None:
+    """Make an artifact of a run with an average of the weights whose length is chosen afterwards (post-hoc EMA)."""
+    from unclip.ema import reconstruct
+
+    folder, rest = reconstruct(run, out, sigma_rel, step)
+    typer.echo(
+        f"wrote {folder}: sigma_rel {sigma_rel}, {100 * rest:.2g} % of its profile is out of the snapshots' reach"
+    )
+
+
+@app.command()
+def plan(
+    settings: Annotated[list[str], typer.Argument(help="experiment=… and further settings of the stage's command.")],
+) -> None:
+    """Parameters, FLOPs, memory a GPU and days of a training, without running it."""
+    from unclip.cli.plan import print_plan
+
+    print_plan(settings)
+
+
 @app.command("zero-shot")
 def zero_shot(
     clip: Annotated[Path, typer.Option(exists=True, help="Run or artifact of the CLIP.")],

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,7 +26,7 @@ from unclip.config import Precision
 from unclip.data.ahead import PREFETCH, Batches
 from unclip.data.batch import Batch
 from unclip.data.datamodule import trim
-from unclip.data.embeddings import COLUMNS, lengths
+from unclip.data.embeddings import COLUMNS, EMPTY_CAPTION, lengths
 from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.data.parallel import in_order
 from unclip.data.remote import RemoteConfig, is_url
@@ -188,6 +189,17 @@ def embed_with(clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:
             writer.finish(splits[name])
         else:
             log.info("%s: other parts are not done; the last one to end writes %s/index.json", name, writer.split_dir)
+    writers[names[0]].add_beside(EMPTY_CAPTION, lambda: save(_empty_caption(clip, cfg)))
+
+
+@torch.inference_mode()
+def _empty_caption(clip: CLIP, cfg: EmbedConfig) -> dict[str, Tensor]:
+    """What :meth:`unclip.data.embeddings.Embeddings.empty_caption` reads."""
+    tokens = trim(clip.tokenizer([""]))
+    with torch.autocast(clip.mean.device.type, torch.bfloat16, enabled=cfg.precision is Precision.bf16):
+        text_emb, text_seq = clip.encode_text(tokens.to(clip.mean.device))
+    found = {"tokens": tokens, "text_emb": text_emb.float(), "text_seq": text_seq.float()}
+    return {name: value[0].cpu().contiguous() for name, value in found.items()}
 
 
 def _split_names(cfg: EmbedConfig) -> list[str]:

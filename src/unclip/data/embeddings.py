@@ -1,6 +1,7 @@
 """Embeddings of a data set: memory-mapped columns, one folder per shard, and their statistics.
 
 FOLDER/manifest.json                          which CLIP, which data, which columns, mean and deviation per split
+FOLDER/empty_caption.safetensors              what the CLIP makes of the caption ""
 FOLDER/SPLIT/index.json                       the shards of a finished split
 FOLDER/SPLIT/SHARD/{COLUMN}.npy keys.txt shard.json
 
@@ -19,6 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from unclip.data import joined
 from unclip.data.shards import Shards
@@ -28,6 +32,7 @@ from unclip.models.interface import Interface
 
 VERSION = 1
 COLUMNS = ("image_emb", "text_emb", "tokens", "text_seq")
+EMPTY_CAPTION = "empty_caption.safetensors"
 _MANY = 1024  # rows from which on the columns of a batch are copied side by side
 
 
@@ -84,6 +89,20 @@ class Embeddings:
     def stats(self) -> dict[str, np.ndarray]:
         """Of the split's raw embeddings: count of pictures; image_count, image_mean and image_std (D,), image_norm; text_…"""
         return {name: np.asarray(value) for name, value in self.manifest["stats"][self.split].items()}
+
+    def empty_caption(self) -> dict[str, Tensor]:
+        """The caption "": ``tokens`` (L,) int64, ``text_emb`` (D,) and ``text_seq`` (L, W) float32, CLIP's raw outputs.
+
+        DataError where the folder lacks it, as imported embeddings do.
+        """
+        path = self.folder / EMPTY_CAPTION
+        try:
+            return load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f'{path} is missing or damaged: the same unclip-embed again adds what CLIP makes of the caption "", without '
+                "embedding anew; imported embeddings cannot have it: take model.conditioning.null_text=zero or learned"
+            ) from error
 
     @property
     def keys(self) -> list[str]:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,12 @@ class EmbeddingsWriter:
                 shutil.rmtree(final)
             os.replace(draft, final)
             sync_folder(self.split_dir)
+
+    def add_beside(self, name: str, content: Callable[[], bytes]) -> None:
+        """A file beside the splits, unless it is there."""
+        with _alone(self.folder):
+            if not (self.folder / name).exists():
+                write_atomic(self.folder / name, content())
 
     def complete(self, shards: Shards) -> bool:
         """Whether every shard is there, made from these tars."""

@@ -14,10 +14,11 @@ from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, SamplerConfig, sample
 from unclip.diffusion.settings import DiffusionConfig
+from unclip.errors import ConfigError
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import training_pictures
 from unclip.models.sampling import DiffusionSampling
-from unclip.nets.conditioned import ConditioningConfig, DecoderNet, DecoderText
+from unclip.nets.conditioned import ConditioningConfig, DecoderNet, DecoderText, NullText
 from unclip.nets.layers import ClipWidths, Cond, Keep
 from unclip.nets.unet import UNetConfig
 
@@ -85,7 +86,15 @@ class Decoder(nn.Module):
         )
 
     def fit(self, embeddings: Any) -> None:
-        """Nothing to gather before training."""
+        """Before training: store the caption "" where it stands for a dropped one, from the training embeddings."""
+        if self.cfg.conditioning.null_text is not NullText.empty:
+            return
+        if embeddings is None:
+            raise ConfigError('conditioning.null_text=empty needs the caption "" as CLIP reads it: set data.embeddings')
+        empty = embeddings.empty_caption()
+        text_emb = self._scaled_emb(empty["text_emb"])
+        assert text_emb is not None
+        self.net.text_proj.set_empty_caption(empty["tokens"], text_emb, empty["text_seq"])
 
     def finish(self, embeddings: Any) -> None:
         """Nothing to gather after training."""
@@ -108,6 +117,7 @@ class Decoder(nn.Module):
         pictures = training_pictures(batch.image, self.cfg.image_size)
         cond = self.cond(batch)
         self._check_columns(cond)
+        self._check_widths(cond)
         keep = Keep(
             image=noise.uniform((), "drop image") >= self.cfg.drop_image,
             text=noise.uniform((), "drop text") >= self.cfg.drop_text,
@@ -145,6 +155,7 @@ class Decoder(nn.Module):
     ) -> NetDenoiser:
         """The decoder under its conditions, as samplers see it; the arguments are those of :meth:`sample`."""
         shape = (3, *(size or (self.cfg.image_size, self.cfg.image_size)))
+        self._check_widths(cond)
         context = guided_context(
             self.net, self._scaled(cond), how, None if negative is None else self._scaled(negative)
         )
@@ -164,6 +175,15 @@ class Decoder(nn.Module):
         for column, is_needed in needed.items():
             if is_needed and vars(cond)[column] is None:
                 raise ValueError(f"the batch has no column {column}, which this decoder trains on; add it to the data")
+
+    def _check_widths(self, cond: Cond) -> None:
+        for name, wanted in (("image_emb", self.interface.embed_dim), ("text_emb", self.interface.embed_dim)):
+            value: Tensor | None = vars(cond)[name]
+            if value is not None and value.shape != (len(cond), wanted):
+                raise ValueError(
+                    f"{name} has the shape {tuple(value.shape)} where this decoder takes ({len(cond)}, {wanted}), a row for "
+                    "each picture as its CLIP makes them: embed with that CLIP"
+                )
 
     def _scaled(self, cond: Cond) -> Cond:
         return replace(cond, image_emb=self._scaled_emb(cond.image_emb), text_emb=self._scaled_emb(cond.text_emb))

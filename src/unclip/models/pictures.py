@@ -52,6 +52,10 @@ def training_pictures(image: Tensor | None, size: int) -> Tensor:
     """
     if image is None:
         raise ValueError("this model trains on pictures but the batch has none; ask the data for the column image")
+    if image.ndim != 4 or image.shape[1] != 3:
+        raise ValueError(
+            f"pictures of shape {tuple(image.shape)}; this takes (B, 3, H, W): convert grey and alpha to RGB"
+        )
     if image.shape[-2] != image.shape[-1]:
         raise ValueError(
             f"pictures of {tuple(image.shape[-2:])} pixels, which are not square: "

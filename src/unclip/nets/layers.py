@@ -97,7 +97,7 @@ class Cond:
         sides = [replace(side, text_mask=side.caption_mask())._fields() for side in (first, second)]
         if sides[0].keys() != sides[1].keys():
             raise ValueError(f"cannot join conditions that hold {sorted(sides[0])} and {sorted(sides[1])}")
-        joined = {name: torch.cat(_same_length(value, sides[1][name])) for name, value in sides[0].items()}
+        joined = {name: torch.cat(same_length(value, sides[1][name])) for name, value in sides[0].items()}
         return Cond(**joined, num_rows=first.num_rows + second.num_rows)
 
     def _fields(self) -> dict[str, Tensor]:
@@ -184,7 +184,7 @@ def zero_init(module: nn.Module) -> nn.Module:
     return module
 
 
-def _same_length(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def same_length(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Pad captions (B, L, ...) with zeros to the longer of the two; a masked position may hold anything."""
     length = max(first.shape[1], second.shape[1])
     pads = [value.new_zeros(len(value), length - value.shape[1], *value.shape[2:]) for value in (first, second)]

@@ -334,6 +334,7 @@ class TextTransformerConfig:
     width: int = 512
     depth: int = 6
     num_heads: int = 8
+    gradient_checkpointing: bool = False
 
 
 class TextTransformer(nn.Module):
@@ -343,7 +344,7 @@ class TextTransformer(nn.Module):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, cfg.width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(1, context_length, cfg.width))
-        self.transformer_blocks = TransformerBlocks(cfg.width, cfg.depth, cfg.num_heads)
+        self.transformer_blocks = TransformerBlocks(cfg.width, cfg.depth, cfg.num_heads, cfg.gradient_checkpointing)
         self.norm_out = nn.LayerNorm(cfg.width)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 

@@ -105,14 +105,28 @@ class ResnetBlock(nn.Module):
         elif self.resample == "up":
             h, x = (F.interpolate(value, scale_factor=2.0, mode="nearest") for value in (h, x))
         h = self.conv1(h)
-        shift = self.time_emb_proj(emb)[:, :, None, None]
+        shift = self.time_emb_proj(emb)
         if self.scale_shift:
             scale, shift = shift.chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm2(h), 1 + scale)
+            h = modulated_norm(self.norm2, h, scale, shift)
         else:
-            h = self.norm2(h + shift)
+            h = self.norm2(h + shift[:, :, None, None])
         h = self.conv2(self.dropout(F.silu(h)))
         return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+
+
+def modulated_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """norm(x) * (1 + scale) + shift for x (B, C, H, W), scale and shift (B, C).
+
+    On a CPU it is one group norm of B·C channels, whose own weights are each sample's: no further pass over x.
+    """
+    if not x.is_cpu:
+        return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
+    scale = 1 + scale.float()
+    gain, bias = norm.weight.float() * scale, torch.addcmul(shift.float(), norm.bias.float(), scale)
+    channels = x.reshape(1, -1, *x.shape[2:])
+    h = F.group_norm(channels, len(x) * norm.num_groups, gain.flatten(), bias.flatten(), norm.eps)
+    return h.view(x.shape)
 
 
 class ContextAttention(nn.Module):
@@ -217,6 +231,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, timestep: Tensor, context: UNetContext) -> Tensor:
         """x (B, in_channels, H, W), sides multiples of ``cfg.stride``; timestep (B,). To (B, out_channels, H, W)."""
+        if x.ndim != 4:
+            raise ValueError(f"pictures of shape {tuple(x.shape)}; a U-Net takes (B, channels, H, W)")
         if x.shape[-1] % self.cfg.stride or x.shape[-2] % self.cfg.stride:
             raise ValueError(f"a picture of {tuple(x.shape[-2:])} pixels: sides must be multiples of {self.cfg.stride}")
         emb = self.time_embedding(timestep)

@@ -1,0 +1,154 @@
+"""`unclip plan`: its memory against what the allocator handed out, its FLOPs against a count by hand, and its refusals."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from typer.testing import CliRunner
+
+from unclip.cli.app import app
+from unclip.cli.plan import read
+from unclip.config import OptimConfig, Precision
+from unclip.errors import ConfigError
+from unclip.models import DecoderConfig, DiffusionPriorConfig, Interface, ModelConfig, UpsamplerConfig, build
+from unclip.nets.conditioned import ConditioningConfig, DecoderText
+from unclip.nets.transformer import PriorNetConfig
+from unclip.nets.unet import UNetConfig
+from unclip.optim import make_optimizer
+from unclip.plan import Losses, Step, example, measure_step, on_devices, train_step
+
+INTERFACE = Interface(embed_dim=64, text_width=64, context_length=20, vocab_size=1000)
+SMALL: dict[str, tuple[ModelConfig, Interface, OptimConfig, int]] = {
+    "decoder": (
+        DecoderConfig(
+            image_size=32,
+            net=UNetConfig([32, 64], 1, [1], head_dim=32, dropout=0.1),
+            conditioning=ConditioningConfig(text=DecoderText.clip_states, context_dim=64),
+        ),
+        INTERFACE,
+        OptimConfig(),
+        8,
+    ),
+    "prior": (
+        DiffusionPriorConfig(net=PriorNetConfig(width=256, depth=4, num_heads=4)),
+        INTERFACE,
+        OptimConfig(ema_profiles=[0.05, 0.1]),
+        16,
+    ),
+    "upsampler": (
+        UpsamplerConfig(
+            low_size=16,
+            image_size=64,
+            net=UNetConfig([32, 64], 1, scale_shift=False, gradient_checkpointing=True),
+            crop_fraction=0.5,
+        ),
+        Interface(),
+        OptimConfig(ema_decay=0.0),
+        8,
+    ),
+}
+
+
+def allocated(cfg: ModelConfig, interface: Interface, optim: OptimConfig, rows: int) -> int:
+    """Bytes at the peak of a second step, by the allocator's own events; everything is made within the profile."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        torch.manual_seed(0)
+        model = build(cfg, interface).train()
+        optimizer = make_optimizer(model, optim)
+        batch = example(cfg, interface, rows)
+        for _ in range(2):
+            train_step(Losses(model), optimizer, batch, Precision.bf16)
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_memory_is_within_15_percent_of_what_the_allocator_handed_out(name: str):
+    cfg, interface, optim, rows = SMALL[name]
+    step = measure_step(cfg, interface, optim, Precision.bf16, rows)
+    assert step.peak == pytest.approx(allocated(cfg, interface, optim, rows), rel=0.15)
+    averages = bool(optim.ema_decay) + len(optim.ema_profiles)
+    assert step.bytes["optimiser"] == pytest.approx(4 * step.trainable * (2 + averages), rel=0.01)
+    assert step.bytes["parameters"] == pytest.approx(4 * step.parameters, rel=0.02)
+
+
+def test_flops_are_those_of_the_layers():
+    net = UNetConfig([8], 1, scale_shift=False, groups=4)
+    cfg = UpsamplerConfig(low_size=4, image_size=8, net=net, crop_fraction=1.0)
+    step = measure_step(cfg, Interface(), OptimConfig(), Precision.fp32, rows=3)
+    pixels, channels = 3 * 64, 8
+    convolution = 2 * 9 * pixels * channels**2
+    layers = 4 * 2 + 2  # down, twice in the middle, twice up: two each; two of them read twice the channels
+    shortcuts = 2 * (2 * pixels * 2 * channels * channels)
+    inner = 3 * (layers * convolution + 2 * convolution + shortcuts + 2 * 9 * pixels * channels * 3)
+    first = 2 * (2 * 9 * pixels * 6 * channels)
+    time = 3 * 2 * 3 * (32 * 32 + 5 * 32 * 8) + 2 * 2 * 3 * 8 * 32
+    assert step.flops == pytest.approx(inner + first + time, rel=0.02)
+    assert measure_step(cfg, Interface(), OptimConfig(sam_rho=0.1), Precision.fp32, rows=3).flops == 2 * step.flops
+
+
+def test_several_devices_share_what_belongs_to_the_weights():
+    kinds = {"parameters": 400, "gradients": 400, "optimiser": 1200, "activations": 1000}
+    step = Step(parameters=100, trainable=100, flops=1, bytes=kinds, largest_block=10, outside=20)
+    assert on_devices(step, 1, Precision.bf16) == {"one device": kinds}
+    found = on_devices(step, 4, Precision.bf16)
+    assert found["ddp"] == {**kinds, "buckets": 400}
+    gathered = 2 * 2 * 10 + 4 * 20 + 4 * 10
+    assert found["fsdp2"] == {
+        "parameters": 100, "gradients": 100, "optimiser": 300, "activations": 1000, "gathered": gathered,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "stage"),
+    [
+        (["experiment=paper_decoder"], "decoder"),
+        (["experiment=base128"], "decoder"),
+        (["experiment=karlo_prior"], "prior"),
+        (["model=ar_prior"], "prior"),
+        (["model=upsampler"], "upsampler"),
+        (["experiment=demo_clip"], "clip"),
+        (["stage=upsampler"], "upsampler"),
+    ],
+)
+def test_the_stage_is_known_by_its_name(given: list[str], stage: str):
+    assert read(given)[2] == stage
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["experiment=tiny_decoder", "batch=10", "gpus=4"], "batch=10 is not a multiple of gpus=4"),
+        (["experiment=tiny_decoder", "gpus=0"], "gpus=0 must be positive"),
+        (["experiment=tiny_decoder", "gpus=two"], "gpus='two' is not a valid int"),
+        (["experiment=tiny_decoder", "mfu=40"], "mfu=40.0 is a share of tflops"),
+        (["stage=vae"], "stage=vae is not one of: clip, prior, decoder, upsampler"),
+        (["experiment=no_such_decoder"], "is decoder the stage"),
+        (["experiment=tiny_decoder", "model.net.widht=1"], "unknown option 'model.net.widht'"),
+        (["tiny_decoder"], "'tiny_decoder' is not a setting: write unclip plan experiment="),
+    ],
+)
+def test_bad_input_is_told(given: list[str], message: str):
+    result = CliRunner().invoke(app, ["plan", *given])
+    assert isinstance(result.exception, ConfigError), result.output
+    assert message in str(result.exception)
+
+
+def test_a_plan_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+    given = ["experiment=tiny_decoder", "gpus=2", "batch=8", "mfu=0.5", "tflops=100", "vocab_size=100"]
+    result = CliRunner().invoke(app, ["plan", *given, "trainer.accumulate=2"])
+    assert result.exit_code == 0, result.exception
+    lines = result.output.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "decoder", "a step", "a GPU", "memory, ddp", "memory, fsdp2", "the recipe",
+    ]  # fmt: skip
+    assert lines[2] == "a GPU: 2 samples at once, 2 times a step"
+    assert "5,000 steps, 40,000 samples" in lines[-1]
+    assert "on 2 GPUs at 50% of 100 TFLOP/s" in lines[-1]
+    assert not list(tmp_path.iterdir())
