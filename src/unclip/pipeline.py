@@ -61,14 +61,21 @@ class UnCLIP:
 
     @classmethod
     def load(
-        cls, runs: Path | str, device: torch.device | str | None = None, precision: Precision = Precision.fp32
+        cls,
+        runs: Path | str,
+        device: torch.device | str | None = None,
+        precision: Precision = Precision.fp32,
+        prior: Path | str | None = None,
     ) -> "UnCLIP":
         """All stages below ``runs``: the sub-folders clip, prior, decoder and upsampler*, each a run or an artifact.
 
+        ``prior`` is another prior's folder, in place of the one there.
         Raises :class:`ArtifactError` for a missing stage, a damaged one, or stages of different CLIPs.
         """
         runs = Path(runs)
         folders = {name: runs / name for name in ("clip", "prior", "decoder")}
+        if prior is not None:
+            folders["prior"] = Path(prior)
         folders |= {path.name: path for path in sorted(runs.glob("upsampler*")) if (path / "artifact").exists()}
         stages = {}
         for name, folder in folders.items():
