@@ -277,7 +277,11 @@ class Worker:
         return {"seconds": seconds, "finite": bool(drawn.isfinite().all())}
 
     def memory(self) -> dict[str, float]:
-        """The process's largest resident size so far, in MB."""
+        """MB: on a GPU the most that was allocated since the last time, else the process's largest resident size so far."""
+        if self.device.type == "cuda":
+            most = torch.cuda.max_memory_allocated() / 2**20
+            torch.cuda.reset_peak_memory_stats()
+            return {"megabytes": most}
         with open("/proc/self/status") as status:
             return {"megabytes": next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024}
 
