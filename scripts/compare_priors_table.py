@@ -76,7 +76,8 @@ def cell(seeds: list[dict[str, float]], name: str, factor: float, digits: int) -
     if not values:
         return "-"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    middle = round(statistics.mean(values), digits) + 0.0  # no -0.00
+    return f"{middle:.{digits}f}{spread}"
 
 
 if __name__ == "__main__":
