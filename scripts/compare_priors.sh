@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
 # Train several priors on one set of embeddings, each for the same time and with several seeds, evaluate them on samples that
-# none has seen, and print one markdown table.
+# none has seen, and print markdown tables.
 #
 # usage: scripts/compare_priors.sh --data DATA --embeddings FOLDER [options] [MODEL...]
 #   --out FOLDER      where runs and table.md go (runs/compare_priors); the same command again goes on where it stopped
 #   --minutes M       of training for each run (5)
 #   --seeds "0 1 2"   one run of each model for each seed
-#   --split NAME      the split to evaluate on (val)
-#   --chain FOLDER    runs clip, decoder and upsampler* of the same CLIP, to draw pictures with each prior (`unclip measure`)
-#   --judge RUN       a CLIP of another seed for --chain
-#   --num N           pictures a split for --chain (600)
+#   --splits "val"    the splits to evaluate on; for emoji "val test_styles"
+#   --chain FOLDER    runs clip, decoder and upsampler* of the same CLIP, to draw with each prior: KID and style accuracy on
+#                     the splits test and test_styles of data that name styles and concepts. May be given in a later call
+#   --num N           pictures of each of the two for --chain (150)
 #   --set "K=V ..."   further settings of every train-prior
 #
 # A MODEL is a value of train-prior's model=, with settings of its own after it (experiment=... replaces compare_prior) and a
-# label before it for the table: "mlp_prior" or "4 draws: diffusion_prior model.num_draws=4". Without any: all that this version
-# has.
+# label before it for the table: "mlp_prior" or "4 draws: diffusion_prior model.num_draws=4". Without any: all six, in sizes
+# for some thousand pictures and a few minutes on a CPU core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-data='' embeddings='' out=runs/compare_priors minutes=5 seeds='0 1 2' split=val chain='' judge='' num=600 settings=()
+data='' embeddings='' out=runs/compare_priors minutes=5 seeds='0 1 2' splits=val chain='' num=150 settings=()
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 1
@@ -31,9 +31,8 @@ while [[ ${1:-} == --* ]]; do
     --out) out=$2 ;;
     --minutes) minutes=$2 ;;
     --seeds) seeds=$2 ;;
-    --split) split=$2 ;;
+    --splits) splits=$2 ;;
     --chain) chain=$2 ;;
-    --judge) judge=$2 ;;
     --num) num=$2 ;;
     --set) read -ra settings <<<"$2" ;;
     *) fail "unknown option $1; the head of $0 lists them" ;;
@@ -41,16 +40,17 @@ while [[ ${1:-} == --* ]]; do
   shift 2
 done
 [[ -n $data && -n $embeddings ]] || fail "give --data and --embeddings"
-[[ -z $chain || -n $judge ]] || fail "--chain needs --judge RUN, a CLIP of another seed"
+for stage in clip decoder; do
+  [[ -z $chain || -e $chain/$stage ]] || fail "--chain $chain has no $stage"
+done
 
 models=("$@")
-if [[ $# -eq 0 ]]; then # the sizes of the emoji recipe
-  small='model.net.width=256 model.net.depth=4 model.net.num_heads=4 model.net.text=tokens'
-  all=("diffusion_prior $small model.sampling.sampler.name=ddim model.sampling.sampler.num_steps=16"
-    ar_prior "eclipse_prior $small" mlp_prior linear_prior identity)
-  for model in "${all[@]}"; do
-    if [[ -f conf/model/${model%% *}.yaml ]]; then models+=("$model"); else echo "(no ${model%% *} in this version)"; fi
-  done
+if [[ $# -eq 0 ]]; then
+  small='model.net.width=256 model.net.depth=4 model.net.num_heads=4'
+  text='model.net.text.width=128 model.net.text.depth=2 model.net.text.num_heads=2'
+  models=("diffusion_prior $small model.net.text=tokens model.sampling.sampler.name=ddim model.sampling.sampler.num_steps=16"
+    "ar_prior $small $text model.explained_variance=0.95 model.num_buckets=128"
+    "eclipse_prior $small model.net.text=tokens" mlp_prior linear_prior identity)
 fi
 
 run() {
@@ -58,24 +58,14 @@ run() {
   "$@"
 }
 
-# one LABEL SEED NAME SETTING...: train, evaluate and, with --chain, draw
+given=(data.path="$data" data.embeddings="$embeddings")
+
+# one LABEL SEED NAME SETTING...: train, which returns at once where it is done
 one() {
-  local label=$1 seed=$2 name=$3 folder
-  folder=$out/$label/seed-$seed
-  local given=(data.path="$data" data.embeddings="$embeddings")
+  local label=$1 seed=$2 name=$3
   local common=(model="$name" seed="$seed" trainer.max_minutes="$minutes" logger=none)
   [[ " ${*:4} " == *' experiment='* ]] || common+=(experiment=compare_prior)
-  run train-prior run="$folder" "${given[@]}" "${common[@]}" "${settings[@]}" "${@:4}"
-  [[ -s $folder/evaluation.json ]] ||
-    run unclip-evaluate prior run="$folder" prior="$folder" "${given[@]}" data.val_split="$split" data.max_val=10000 seed="$seed"
-  [[ -n $chain && ! -s $folder/chain/measures.json ]] || return 0
-  mkdir -p "$folder/chain"
-  local stage
-  for stage in "$chain"/clip "$chain"/decoder "$chain"/upsampler*; do
-    [[ ! -e $stage ]] || ln -sfn "$(realpath "$stage")" "$folder/chain/$(basename "$stage")"
-  done
-  ln -sfn "$(realpath "$folder")" "$folder/chain/prior"
-  run unclip measure --from "$folder/chain" --data "$data" --judge "$judge" --num "$num" --seed "$seed"
+  run train-prior run="$out/$label/seed-$seed" "${given[@]}" "${common[@]}" "${settings[@]}" "${@:4}"
 }
 
 parse() { # MODEL: sets label and words
@@ -94,4 +84,7 @@ for seed in $seeds; do
     one "$label" "$seed" "${words[@]}"
   done
 done
+read -ra chosen <<<"$splits"
+run python scripts/compare_priors_measure.py "$out" --data "$data" --embeddings "$embeddings" --splits "${chosen[@]}" \
+  ${chain:+--chain "$chain"} --num "$num"
 python scripts/compare_priors_table.py "$out"

@@ -1,4 +1,4 @@
-"""The markdown table of scripts/compare_priors.sh: a row a model, mean ± standard deviation over its seeds."""
+"""The markdown tables of scripts/compare_priors.sh: a row a model, mean ± standard deviation over its seeds."""
 
 import json
 import statistics
@@ -6,51 +6,81 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COLUMNS = {  # heading: file, measure, factor, digits
-    "steps": ("evaluation", "step", 1, 0),
-    "cosine to true z_i": ("evaluation", "cosine_to_true", 1, 3),
-    "to z_t, less baseline": ("evaluation", "cosine_difference", 1, 3),
-    "recall@1, %": ("evaluation", "recall_1", 100, 1),
-    "recall@10, %": ("evaluation", "recall_10", 100, 1),
-    "diversity": ("evaluation", "diversity", 1, 3),
-    "diversity ratio": ("evaluation", "diversity_ratio", 1, 2),
-    "KID x 1000": ("measures", "kid", 1, 1),
-    "style accuracy, %": ("measures", "style_accuracy", 100, 1),
-    "drawn recall@1, %": ("measures", "generated_recall_at_1", 100, 1),
+TRUE = "true-z_i.json"  # what the decoder draws from the real pictures' z_i
+DRAWN = "drawn"
+Columns = dict[str, tuple[str, float, int]]  # heading: measure, factor, digits
+EVALUATED: Columns = {
+    "cosine to true z_i": ("cosine_to_true", 1, 3),
+    "to z_t, less baseline": ("cosine_difference", 1, 3),
+    "recall@1, %": ("recall_1", 100, 1),
+    "recall@5, %": ("recall_5", 100, 1),
+    "recall@10, %": ("recall_10", 100, 1),
+    "diversity ratio": ("diversity_ratio", 1, 2),
+    "steps": ("step", 1, 0),
 }
+PICTURES: Columns = {
+    "KID x 1000": ("kid", 1, 1),
+    "style accuracy, %": ("style_accuracy", 100, 1),
+}
+Cells = dict[str, list[dict[str, float]]]  # the measures of each seed, by label
 
 
-def table(folder: Path) -> str:
-    """All evaluated runs below ``folder``: LABEL/seed-N/evaluation.json and chain/measures.json."""
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*/seed-*/evaluation.json")):
-        evaluation = json.loads(path.read_text())
-        drawn = path.parent / "chain" / "measures.json"
-        measures = json.loads(drawn.read_text()) if drawn.exists() else {}
-        evaluated = {**evaluation["measures"], "step": evaluation["step"]}
-        runs.setdefault(path.parts[-3], []).append({"evaluation": evaluated, "measures": measures})
-    if not runs:
-        raise SystemExit(f"error: {folder} holds no */seed-*/evaluation.json")
-    shown = {h: c for h, c in COLUMNS.items() if any(c[1] in seed[c[0]] for seeds in runs.values() for seed in seeds)}
+def tables(folder: Path) -> str:
+    """One table for each split of LABEL/seed-N/evaluation-SPLIT.json below ``folder``, and one of LABEL/seed-N/drawn.json."""
+    found = {path.stem for path in folder.glob("*/seed-*/evaluation-*.json")}
+    if not found:
+        raise SystemExit(f"error: {folder} holds no */seed-*/evaluation-*.json")
+    names = sorted(found, key=lambda name: (name != "evaluation-val", name))
+    order: list[str] = []
+    texts = []
+    for name in names:
+        cells = gathered(folder, name)
+        order = order or sorted(cells, key=lambda label: -mean(cells[label], "cosine_to_true"))
+        samples = next(iter(cells.values()))[0]["samples"]
+        texts.append(f"{name.removeprefix('evaluation-')}, {samples} samples:\n\n" + table(cells, order, EVALUATED))
+    drawn = gathered(folder, DRAWN)
+    if drawn:
+        pictures = next(iter(drawn.values()))[0]
+        if (folder / TRUE).exists():
+            drawn["(true z_i)"] = [json.loads((folder / TRUE).read_text())]
+        title = f"drawn, {pictures['num_test']} captions for the KID and {pictures['num_styles']} for the style"
+        texts.append(f"{title}:\n\n" + table(drawn, [*order, "(true z_i)"], PICTURES))
+    return "\n".join(texts)
+
+
+def gathered(folder: Path, name: str) -> Cells:
+    cells: Cells = {}
+    for path in sorted(folder.glob(f"*/seed-*/{name}.json")):
+        content: dict[str, Any] = json.loads(path.read_text())
+        flat = {**content, **content.pop("measures", {})}
+        cells.setdefault(path.parts[-3], []).append(flat)
+    return cells
+
+
+def table(cells: Cells, order: list[str], columns: Columns) -> str:
+    shown = {h: c for h, c in columns.items() if any(c[0] in seed for seeds in cells.values() for seed in seeds)}
     lines = ["| prior | seeds | " + " | ".join(shown) + " |", "|---" * (len(shown) + 2) + "|"]
-    order = sorted(
-        runs, key=lambda label: -statistics.mean(seed["evaluation"]["cosine_to_true"] for seed in runs[label])
-    )
     for label in order:
-        cells = [_cell(runs[label], *column) for column in shown.values()]
-        lines.append(f"| {label} | {len(runs[label])} | " + " | ".join(cells) + " |")
+        if label in cells:
+            found = [cell(cells[label], *column) for column in shown.values()]
+            lines.append(f"| {label} | {len(cells[label])} | " + " | ".join(found) + " |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(seeds: list[dict[str, Any]], file: str, name: str, factor: float, digits: int) -> str:
-    values = [factor * seed[file][name] for seed in seeds if name in seed[file]]
+def mean(seeds: list[dict[str, float]], name: str) -> float:
+    return statistics.mean(seed[name] for seed in seeds)
+
+
+def cell(seeds: list[dict[str, float]], name: str, factor: float, digits: int) -> str:
+    values = [factor * seed[name] for seed in seeds if name in seed]
     if not values:
         return "-"
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    middle = round(statistics.mean(values), digits) + 0.0  # no -0.00
+    return f"{middle:.{digits}f}{spread}"
 
 
 if __name__ == "__main__":
-    text = table(Path(sys.argv[1]))
+    text = tables(Path(sys.argv[1]))
     (Path(sys.argv[1]) / "table.md").write_text(text)
     print("\n" + text, end="")

@@ -140,7 +140,7 @@ def test_draws_prints_a_table_and_the_figures():
         assert cell["seconds_loss_cosine"][-1][0] >= 0.4
 
 
-@pytest.mark.parametrize("wrong", [("--seeds", "0"), ("--batch-size", "0"), ("--seconds", "0")])
+@pytest.mark.parametrize("wrong", [("--seeds", "0"), ("--batch-size", "0"), ("--seconds", "0"), ("--slices", "-1")])
 def test_draws_refuses_useless_numbers(wrong: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys):
     draws = module("draws", monkeypatch)
     monkeypatch.setattr(sys, "argv", ["draws.py", *wrong])

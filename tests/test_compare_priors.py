@@ -5,11 +5,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from prior_data import make_pairs
 from tests_support import TINY, environment
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-EVALUATED = {"cosine_to_true": 0.5, "cosine_difference": 0.01, "recall_1": 0.1, "recall_10": 0.4, "diversity": 0.2}
+EVALUATED = {"cosine_to_true": 0.5, "cosine_difference": 0.01, "recall_1": 0.1, "recall_5": 0.3, "recall_10": 0.4}
 
 
 def compare(*arguments: str, code: int = 0) -> str:
@@ -25,46 +24,59 @@ def compare(*arguments: str, code: int = 0) -> str:
 def write(folder: Path, cosines: list[float], kids: list[float]) -> None:
     for seed, cosine in enumerate(cosines):
         run = folder / f"seed-{seed}"
-        (run / "chain").mkdir(parents=True)
-        measures = {**EVALUATED, "cosine_to_true": cosine, "diversity_ratio": 0.9}
-        (run / "evaluation.json").write_text(json.dumps({"step": 100 + seed, "measures": measures}))
+        run.mkdir(parents=True)
+        for split, higher in (("val", 0.0), ("styles", 0.1)):
+            measures = {**EVALUATED, "cosine_to_true": cosine + higher, "diversity_ratio": 0.9}
+            found = {"step": 100 + seed, "samples": 50, "measures": measures}
+            (run / f"evaluation-{split}.json").write_text(json.dumps(found))
         if seed < len(kids):
-            measured = {"kid": kids[seed], "style_accuracy": 0.25, "generated_recall_at_1": 0.5}
-            (run / "chain" / "measures.json").write_text(json.dumps(measured))
+            found = {"kid": kids[seed], "style_accuracy": 0.25, "num_test": 30, "num_styles": 20}
+            (run / "drawn.json").write_text(json.dumps(found))
 
 
-def table(folder: Path) -> str:
+def tables(folder: Path) -> list[str]:
     given = ["python", str(SCRIPTS / "compare_priors_table.py"), str(folder)]
-    return subprocess.run(given, capture_output=True, text=True, check=True, env=environment()).stdout
+    return subprocess.run(given, capture_output=True, text=True, check=True, env=environment()).stdout.split("\n\n")
 
 
-def test_the_table_has_means_and_deviations_best_first(tmp_path: Path):
+def test_the_tables_have_means_and_deviations_best_first(tmp_path: Path):
     write(tmp_path / "worse prior", [0.40, 0.42], [])
     write(tmp_path / "better", [0.5, 0.6, 0.7], [100.0, 110.0, 120.0])
-    lines = table(tmp_path).strip().splitlines()
-    assert lines[0].startswith("| prior | seeds | steps | cosine to true z_i |")
-    assert lines[2] == (
-        "| better | 3 | 101 ± 1 | 0.600 ± 0.100 | 0.010 ± 0.000 | 10.0 ± 0.0 | 40.0 ± 0.0 | 0.200 ± 0.000 | 0.90 ± 0.00 "
-        "| 110.0 ± 10.0 | 25.0 ± 0.0 | 50.0 ± 0.0 |"
-    )
-    assert lines[3].startswith("| worse prior | 2 | 100 ± 1 | 0.410 ± 0.014 |")
-    assert lines[3].endswith("| - | - | - |")
-    assert all(line.count("|") == lines[0].count("|") for line in lines)
-    assert (tmp_path / "table.md").read_text().strip().splitlines() == lines
+    (tmp_path / "true-z_i.json").write_text(json.dumps({"kid": 90.0, "style_accuracy": 0.5}))
+    titles, found = tables(tmp_path)[::2], [text.strip().splitlines() for text in tables(tmp_path)[1::2]]
+    assert [title.strip() for title in titles] == [
+        "val, 50 samples:",
+        "styles, 50 samples:",
+        "drawn, 30 captions for the KID and 20 for the style:",
+    ]
+    val, styles, drawn = found
+    assert val[0].startswith("| prior | seeds | cosine to true z_i |")
+    assert val[2:] == [
+        "| better | 3 | 0.600 ± 0.100 | 0.010 ± 0.000 | 10.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 0.90 ± 0.00 | 101 ± 1 |",
+        "| worse prior | 2 | 0.410 ± 0.014 | 0.010 ± 0.000 | 10.0 ± 0.0 | 30.0 ± 0.0 | 40.0 ± 0.0 | 0.90 ± 0.00 | 100 ± 1 |",
+    ]
+    assert [line.split(" | ")[2] for line in styles[2:]] == ["0.700 ± 0.100", "0.510 ± 0.014"]
+    assert drawn == [
+        "| prior | seeds | KID x 1000 | style accuracy, % |",
+        "|---|---|---|---|",
+        "| better | 3 | 110.0 ± 10.0 | 25.0 ± 0.0 |",
+        "| (true z_i) | 1 | 90.0 | 50.0 |",
+    ]
+    assert (tmp_path / "table.md").read_text().strip() == "\n\n".join(tables(tmp_path)).strip()
 
 
-def test_without_pictures_the_table_has_no_columns_for_them(tmp_path: Path):
+def test_without_pictures_there_is_no_table_of_them(tmp_path: Path):
     write(tmp_path / "one", [0.5], [])
-    text = table(tmp_path)
+    text = "".join(tables(tmp_path))
     assert "KID" not in text
-    assert "| one | 1 | 100 | 0.500 |" in text
+    assert "| one | 1 | 0.500 |" in text
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ([], "give --data and --embeddings"),
-        (["--data", "d", "--embeddings", "e", "--chain", "c"], "--chain needs --judge RUN"),
+        (["--data", "d", "--embeddings", "e", "--chain", "no"], "--chain no has no clip"),
         (["--dtaa", "d"], "unknown option --dtaa"),
         (["--data"], "--data needs a value"),
         (
@@ -78,15 +90,22 @@ def test_wrong_arguments_are_refused_before_anything_is_trained(given: list[str]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_two_priors_with_two_seeds_and_again(tmp_path: Path):
-    make_pairs(tmp_path)
-    short, net = TINY["prior"][:8], TINY["prior"][8:]
-    given = ["--data", str(tmp_path / "data"), "--embeddings", str(tmp_path / "embeddings"), "--minutes", "1"]
-    given += ["--out", str(tmp_path / "compared"), "--seeds", "0 1", "--split", "test", "--set", " ".join(short)]
-    models = [f"tiny one: diffusion_prior {' '.join(net)}", "linear_prior"]
+@pytest.mark.timeout(600)
+def test_priors_are_trained_then_drawn_with_and_nothing_is_done_twice(styled_chain: Path, tmp_path: Path):
+    out, cell = tmp_path / "compared", tmp_path / "compared" / "tiny one" / "seed-1"
+    given = ["--data", str(styled_chain / "data"), "--embeddings", str(styled_chain / "embeddings"), "--minutes", "1"]
+    given += ["--out", str(out), "--seeds", "1", "--splits", "val test_styles", "--set", " ".join(TINY["prior"][:8])]
+    models = [f"tiny one: diffusion_prior {' '.join(TINY['prior'][8:])}", "identity"]
     said = compare(*given, *models)
-    assert "| tiny one | 2 | 4 ± 0 |" in said
-    assert "| linear_prior | 2 | 0 ± 0 |" in said
-    assert (tmp_path / "compared/tiny one/seed-1/evaluation.json").exists()
-    assert compare(*given, *models).splitlines()[-4:] == said.splitlines()[-4:]
+    assert "| tiny one | 1 | " in said
+    assert "KID" not in said
+    assert json.loads((cell / "evaluation-test_styles.json").read_text())["step"] == 4
+    (cell / "evaluation-val.json").write_text(
+        (cell / "evaluation-val.json").read_text().replace('"recall_5"', '"kept"')
+    )
+    said = compare(*given, "--chain", str(styled_chain / "runs"), "--num", "4", *models)
+    assert said.count("is finished") == 2, "trained again"
+    assert "kept" in (cell / "evaluation-val.json").read_text(), "evaluated again"
+    assert "drawn, 4 captions for the KID and 4 for the style" in said
+    assert {"kid", "style_accuracy"} <= json.loads((cell / "drawn.json").read_text()).keys()
+    assert "| (true z_i) | 1 | " in said

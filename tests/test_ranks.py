@@ -27,11 +27,13 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "clip-sigmoid-parts": ("clip", ["model.contrast=sigmoid", "trainer.accumulate=2"]),
     "clip-locked": ("clip", ["model.freeze_image=true", "model.gradient_checkpointing=true"]),
     "prior": ("prior", [*EMBEDDED, "model.num_draws=2", "model.net.depth=2"]),
+    "ar_prior": ("prior", ["model=ar_prior", *EMBEDDED, "model.net.depth=2", "model.sampling.guidance_scale=2"]),
     "decoder": ("decoder", [*EMBEDDED, "model.net.dropout=0", "model.net.gradient_checkpointing=true"]),
     "upsampler": ("upsampler", ["trainer.accumulate=2"]),
 }
 
-HALF = ["clip-parts", "prior", "decoder", "upsampler"]  # also in bfloat16
+# also in bfloat16, where this loss is compared
+HALF = {"clip-parts": "contrastive", "prior": "mse", "ar_prior": "cross_entropy", "decoder": "mse", "upsampler": "mse"}
 
 
 def runs(strategy: str, ranks: int, cases: list[str], *more: str, folder: str = "") -> list[tuple[str, list[str]]]:
@@ -39,7 +41,7 @@ def runs(strategy: str, ranks: int, cases: list[str], *more: str, folder: str = 
     given = [*more, f"trainer.strategy={strategy}", f"trainer.devices={ranks}"]
     folder = folder or f"{strategy}-{ranks}"
     return [
-        (stage, [f"run={folder}/{case}", *TINY[stage], *COMMON, *own, *given])
+        (stage, [f"run={folder}/{case}", *TINY.get(case, TINY[stage]), *COMMON, *own, *given])
         for case, (stage, own) in CASES.items()
         if case in cases
     ]
@@ -69,7 +71,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         planned = runs("fsdp2", 2, resumed, half) + runs("fsdp2", 2, list(CASES)) + runs("ddp", 2, list(CASES))
         planned += runs("fsdp2", 2, resumed, folder="one-then-fsdp2")
         planned += runs("fsdp2", 2, resumed, half, folder="fsdp2-then-one")
-        planned += runs("fsdp2", 2, HALF, "trainer.precision=bf16", folder="bf16")
+        planned += runs("fsdp2", 2, list(HALF), "trainer.precision=bf16", folder="bf16")
         on_ranks(2, planned, root)
         train_all(runs("auto", 1, resumed, folder="fsdp2-then-one"))
     return root
@@ -124,7 +126,7 @@ def test_a_run_goes_on_with_another_strategy_and_number_of_ranks(way: str, case:
 @pytest.mark.parametrize("case", HALF)
 def test_sharded_blocks_in_bfloat16_learn_as_in_float32(case: str, root: Path) -> None:
     ours, theirs = (figures(root / folder / case) for folder in ("bf16", "auto-1"))
-    loss = "val/contrastive" if case == "clip-parts" else "val/mse"
+    loss = f"val/{HALF[case]}"
     for step in (1, STEPS - 1):
         assert ours[step, loss] == pytest.approx(theirs[step, loss], rel=0.01)
         assert ours[step, loss] != theirs[step, loss], "nothing was computed in bfloat16"

@@ -3,7 +3,8 @@
     python scripts/bench/draws.py --embeddings runs/embeddings --seconds 300 --seeds 3
 
 One cell for each K = 1, 2, 4, 8 and each seed. The cells of a seed take turns in short slices; a cell's clock runs while it
-trains, not while it is judged. Without --embeddings it uses made-up ones, which say nothing about real data.
+trains, not while it is judged. On a machine that others use too, --cpu-time counts the seconds that one core really worked
+(with OMP_NUM_THREADS=1). Without --embeddings it uses made-up ones, which say nothing about real data.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import itertools
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ SECONDS = {"smoke": 0.4, "quick": 25.0, "full": 300.0}  # a cell; four cells and
 SLICES = {"smoke": 2, "quick": 10, "full": 20}
 WIDTH = {"smoke": (32, 1, 2), "quick": (256, 4, 4), "full": (256, 4, 4)}  # width, depth, heads
 JUDGED, JUDGE_DRAWS = 512, 8
+Clock = Callable[[], float]
 SAMPLING = PriorSampling(SamplerConfig(Sampler.ddim, 16), Guidance(1.0), num_candidates=1)
 OPTIM = OptimConfig(lr=5e-4, weight_decay=0.06, warmup_steps=100, decay=Decay.cosine, ema_decay=0.995)
 
@@ -90,9 +93,9 @@ class Cell:
         self.optimizer = make_optimizer(self.model, OPTIM)
         self.parameters = list(self.model.parameters())
 
-    def train(self, rows: Rows, batch_size: int, until: float, total: float) -> None:
+    def train(self, rows: Rows, batch_size: int, until: float, total: float, clock: Clock) -> None:
         """Steps until the cell's clock says ``until``; the learning rate falls to zero at ``total`` seconds."""
-        begun = time.perf_counter() - self.seconds
+        begun = clock() - self.seconds
         while self.seconds < until:
             position = list(range(self.captions, self.captions + batch_size))
             batch = rows.batch(shuffled(position, len(rows), self.seed), position)
@@ -106,7 +109,7 @@ class Cell:
             self.optimizer.step()
             self.steps += 1
             self.captions += batch_size
-            self.seconds = time.perf_counter() - begun
+            self.seconds = clock() - begun
 
     @torch.no_grad()
     def look(self, val: Batch) -> None:
@@ -128,10 +131,11 @@ def main() -> None:
     seconds = SECONDS[choice.size] if choice.seconds is None else choice.seconds
     judged = torch.arange(min(JUDGED, len(val)))
     batch_size = min(choice.batch_size, len(train))
+    clock = time.process_time if choice.cpu_time else time.perf_counter
     cells = []
     for seed in range(choice.seeds):
         made = [new_cell(draws, seed, interface, WIDTH[choice.size]) for draws in DRAWS]
-        run(made, train, val.batch(judged, judged.tolist()), batch_size, seconds, SLICES[choice.size])
+        run(made, Course(train, val.batch(judged, judged.tolist()), batch_size, seconds, choice.slices, clock))
         cells += made
     print(table(cells, seconds))
     settings = {
@@ -139,6 +143,7 @@ def main() -> None:
         "rows": len(train),
         "judged": len(judged),
         "seconds": seconds,
+        "clock": clock.__name__,
         "seeds": choice.seeds,
         "batch": batch_size,
         "net": WIDTH[choice.size],
@@ -154,9 +159,16 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="of training for each cell")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=256, help="captions a step")
+    parser.add_argument("--slices", type=int, help="turns of each cell, and points on its curve")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="seconds of the processor, not of the clock on the wall"
+    )
     choice = parser.parse_args()
-    if choice.seeds < 1 or choice.batch_size < 1 or (choice.seconds is not None and choice.seconds <= 0):
-        parser.error("--seeds, --batch-size and --seconds must be positive")
+    choice.slices = choice.slices or SLICES[choice.size]
+    if choice.cpu_time and torch.get_num_threads() > 1:
+        parser.error("--cpu-time adds up what all threads use; set OMP_NUM_THREADS=1")
+    if min(choice.seeds, choice.batch_size, choice.slices) < 1 or (choice.seconds is not None and choice.seconds <= 0):
+        parser.error("--seeds, --batch-size, --slices and --seconds must be positive")
     return choice
 
 
@@ -207,15 +219,28 @@ def new_cell(draws: int, seed: int, interface: Interface, net: tuple[int, int, i
     return Cell(draws, DiffusionPrior(cfg, interface), DiffusionPrior(judge, interface), seed)
 
 
-def run(cells: list[Cell], train: Rows, val: Batch, batch_size: int, seconds: float, slices: int) -> None:
+@dataclass
+class Course:
+    """What all cells of a seed go through."""
+
+    train: Rows
+    val: Batch
+    batch_size: int
+    seconds: float
+    slices: int
+    clock: Clock
+
+
+def run(cells: list[Cell], course: Course) -> None:
     for cell in cells:
-        cell.look(val)
-    for number in range(1, slices + 1):
+        cell.look(course.val)
+    for number in range(1, course.slices + 1):
+        until = course.seconds * number / course.slices
         for cell in cells:
-            cell.train(train, batch_size, until=seconds * number / slices, total=seconds)
-            cell.look(val)
+            cell.train(course.train, course.batch_size, until, course.seconds, course.clock)
+            cell.look(course.val)
         latest = ", ".join(f"K={cell.draws} {cell.curve[-1].loss:.4f}" for cell in cells)
-        print(f"seed {cells[0].seed}, slice {number}/{slices}: {latest}", file=sys.stderr, flush=True)
+        print(f"seed {cells[0].seed}, slice {number}/{course.slices}: {latest}", file=sys.stderr, flush=True)
 
 
 def shuffled(position: list[int], count: int, seed: int) -> Tensor:

@@ -278,7 +278,11 @@ class Worker:
         return {"seconds": seconds, "finite": bool(drawn.isfinite().all())}
 
     def memory(self) -> dict[str, float]:
-        """The process's largest resident size so far, in MB."""
+        """MB: on a GPU the most that was allocated since the last time, else the process's largest resident size so far."""
+        if self.device.type == "cuda":
+            most = torch.cuda.max_memory_allocated() / 2**20
+            torch.cuda.reset_peak_memory_stats()
+            return {"megabytes": most}
         return {"megabytes": resident_megabytes()}
 
     def now(self) -> float:

@@ -153,8 +153,11 @@ def peers(sides: dict[str, Side]) -> list[str]:
 
 
 def memory(sides: dict[str, Side], numbers: dict[str, int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Largest resident size of the fresh processes in MB: once built, and after each kind of work, in this order."""
-    if sys.platform != "linux":
+    """MB of each side, in its own fresh process: once built, and the most that each kind of work took, in this order.
+
+    On a GPU what torch allocated; else the largest resident size, which never falls, so the smallest work comes first.
+    """
+    if sys.platform != "linux" and not torch.cuda.is_available():
         return {}, {}
     how = {"steps": 2, "candidates": CANDIDATES, "guidance": GUIDANCE}
     megabytes: dict[str, dict[str, int]] = {}
@@ -165,6 +168,7 @@ def memory(sides: dict[str, Side], numbers: dict[str, int]) -> tuple[dict[str, A
         for task, kind in (("train_step", "coco"), ("train_step_77", "full")):
             side.ask("train_step", lengths=caption_lengths(kind, numbers["batch"]), steps=2)
             seen[task] = round(side.ask("memory")["megabytes"])
+        print(f"memory, {name}, MB: {seen}", file=sys.stderr, flush=True)
     ratios = {
         f"memory_{task}_vs_{name}": ratio([megabytes[name][task]], [megabytes["unclip"][task]])
         for task in ("sample", "train_step", "train_step_77")

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import tarfile
@@ -13,6 +14,7 @@ from unclip.data.datamodule import DataConfig, Split
 from unclip.data.embed import EmbedConfig, embed_with
 from unclip.data.embeddings import Embeddings
 from unclip.data.shards import Shards, ShardWriter, build_index
+from unclip.data.texts import text_sha256
 from unclip.data.transforms import load_image
 from unclip.data.variants import Crops, Variants, captions_of, picked
 from unclip.errors import DataError
@@ -44,6 +46,16 @@ def test_captions_of_every_form(many: Path) -> None:
     assert captions_of(shards, 2, 3) == ["only 2"] * 3
     assert captions_of(shards, 1, 4)[3] == "line 1 a"
     assert captions_of(shards, 0, 1) == ["only 0"]
+
+
+def test_other_captions_of_a_picture_make_another_text_fingerprint(tmp_path: Path) -> None:
+    def fingerprint(name: str, *more: str) -> str:
+        with ShardWriter(tmp_path / name) as writer:
+            writer.write("k", png(0), "one", {"style": "flat", **({"captions": ["one", *more]} if more else {})})
+        return Shards(tmp_path / name).text_fingerprint
+
+    assert fingerprint("a", "two") == fingerprint("b", "two") != fingerprint("c", "three")
+    assert fingerprint("d") == hashlib.sha256(text_sha256(["k"], ["one"]).encode()).hexdigest()
 
 
 def test_captions_that_are_no_list_are_refused(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """``unclip measure``: how good a chain is on held-out concepts and on held-out styles of known ones, in numbers."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,34 @@ BLUR = 2.0  # sigma in pixels of the yardstick
 STYLED = 1600  # real training pictures for the style classifier
 
 
-@dataclass
-class Drawn:
-    """Samples with their real pictures and what the chain draws for them: uint8 (N, 3, S, S)."""
+class Yardstick:
+    """Real pictures of held-out concepts (``test``) and of held-out styles (``styled``), looked at once for many chains."""
 
-    samples: list[Sample]
-    real: Tensor
-    from_prior: Tensor
-    from_true: Tensor
+    def __init__(self, data: Path, num: int) -> None:
+        """Up to ``num`` samples of each of the two splits. DataError, before anything is drawn, for data that lack a split
+        or do not name concepts and styles."""
+        self.features = PictureFeatures()
+        for split in ("train", "val", "test", "test_styles"):
+            few = _spread(data / split, 4)
+            if len(few) < 4 or not (_named(few, "style") and _named(few, "concept")):
+                raise DataError(f"{data / split} has {len(few)} samples; at least 4 are needed")
+        self.data = data
+        self.test, self.styled = (_spread(data / split, num) for split in ("test", "test_styles"))
+
+    def look(self, size: int) -> None:
+        """Features of the real pictures at ``size`` pixels, and a classifier of their styles, from training pictures."""
+        self.real = pictures_of(self.test, size)
+        self._real = self.features(self.real)
+        known = _spread(self.data / "train", STYLED)
+        self._classifier = StyleClassifier.fit(self.features(pictures_of(known, size)), _named(known, "style"))
+
+    def kid(self, drawn: Tensor) -> tuple[float, float]:
+        """KID x 1000 of pictures against the real ones of ``test``, and its error."""
+        return kid(self.features(drawn), self._real)
+
+    def style_accuracy(self, drawn: Tensor) -> float:
+        """The share of pictures, one for each of ``styled``, in the style that its caption asks for."""
+        return self._classifier.accuracy(self.features(drawn), _named(self.styled, "style"))
 
 
 def measure(runs: Path, data: Path, judge: Path, *, num: int, seed: int, batch_size: int) -> dict[str, float]:
@@ -43,24 +63,22 @@ def measure(runs: Path, data: Path, judge: Path, *, num: int, seed: int, batch_s
     test (concepts never trained on); styles are judged on test_styles (concepts trained on in other styles only). The recall
     of the chain's CLIP is among one picture a concept of val, test and test_styles.
     """
-    features = PictureFeatures()
-    for split in ("train", "val", "test", "test_styles"):  # before anything is drawn
-        few = _spread(data / split, 4)
-        if len(few) < 4 or not (_named(few, "style") and _named(few, "concept")):
-            raise DataError(f"{data / split} has {len(few)} samples; at least 4 are needed")
+    yardstick = Yardstick(data, num)
     pipeline = UnCLIP.load(runs, precision=Precision.bf16)
     other = artifact.load(judge, kind="clip")[0].to(pipeline.device).eval()
     if artifact.read_manifest(judge).hash == pipeline.manifests["clip"].hash:
         raise ConfigError(f"{judge} is the CLIP of {runs} itself; judge with one that was trained with another seed")
-    test = _draw(pipeline, _spread(data / "test", num), seed, batch_size)
-    styled = _draw(pipeline, _spread(data / "test_styles", num), seed, batch_size)
-    real = features(test.real)
-    blurred = gaussian_blur(test.real, [13, 13], [BLUR, BLUR])
+    yardstick.look(pipeline.size)
+    drawn = draw(pipeline, yardstick.test, seed, batch_size)
+    true = draw(pipeline, yardstick.test, seed, batch_size, true=True)
+    styled = draw(pipeline, yardstick.styled, seed, batch_size)
+    blurred = gaussian_blur(yardstick.real, [13, 13], [BLUR, BLUR])
     found: dict[str, float] = {}
-    for name, pictures in (("kid", test.from_prior), ("kid_true_embedding", test.from_true), ("kid_blurred", blurred)):
-        found[name], found[f"{name}_error"] = kid(features(pictures), real)
-    found |= _style_scores(features, data / "train", styled)
-    found |= _recalls(pipeline, other, data, test)
+    for name, pictures in (("kid", drawn), ("kid_true_embedding", true), ("kid_blurred", blurred)):
+        found[name], found[f"{name}_error"] = yardstick.kid(pictures)
+    found["style_accuracy"] = yardstick.style_accuracy(styled)
+    found["style_classifier_accuracy"] = yardstick.style_accuracy(pictures_of(yardstick.styled, pipeline.size))
+    found |= _recalls(pipeline, other, yardstick, drawn)
     write_atomic(runs / "measures.json", (json.dumps(found, indent=2) + "\n").encode())
     for name, value in found.items():
         typer.echo(f"{name:28} {value:.4g}")
@@ -74,49 +92,42 @@ def _spread(split: Path, num: int) -> list[Sample]:
     return [shards.read(i * len(shards) // count) for i in range(count)]
 
 
-def _draw(pipeline: UnCLIP, samples: list[Sample], seed: int, batch_size: int) -> Drawn:
+def draw(pipeline: UnCLIP, samples: list[Sample], seed: int, batch_size: int, *, true: bool = False) -> Tensor:
+    """Pictures uint8 (N, 3, S, S) of the samples' captions, with the seeds ``seed``, ``seed`` + 1, ...
+
+    ``true`` takes the z_i of the samples' own pictures in place of the prior's.
+    """
     clip_size = pipeline.models["clip"].image_size
-    prior, true = [], []
+    drawn = []
     for start in track(range(0, len(samples), batch_size), f"drawing {len(samples)} captions", transient=True):
         part = samples[start : start + batch_size]
         seeds = [seed + start + i for i in range(len(part))]
         text = pipeline.embed_text([sample.caption for sample in part])
-        image_emb = pipeline.embed_image(_pictures(part, clip_size))
-        prior.append(pipeline.decode(replace(text, image_emb=pipeline.sample_prior(text, seeds)), seeds))
-        true.append(pipeline.decode(replace(text, image_emb=image_emb), seeds))
-    return Drawn(samples, _pictures(samples, pipeline.size), torch.cat(prior), torch.cat(true))
+        own = pipeline.embed_image(pictures_of(part, clip_size)) if true else pipeline.sample_prior(text, seeds)
+        drawn.append(pipeline.decode(replace(text, image_emb=own), seeds))
+    return torch.cat(drawn)
 
 
-def _pictures(samples: list[Sample], size: int) -> Tensor:
+def pictures_of(samples: list[Sample], size: int) -> Tensor:
+    """The samples' own pictures, uint8 (N, 3, size, size)."""
     return torch.stack([load_image(sample.image, size) for sample in samples])
 
 
-def _style_scores(features: PictureFeatures, train: Path, styled: Drawn) -> dict[str, float]:
-    known = _spread(train, STYLED)
-    classifier = StyleClassifier.fit(features(_pictures(known, styled.real.shape[-1])), _named(known, "style"))
-    wanted = _named(styled.samples, "style")
-    return {
-        "style_accuracy": classifier.accuracy(features(styled.from_prior), wanted),
-        "style_classifier_accuracy": classifier.accuracy(features(styled.real), wanted),
-    }
-
-
-def _recalls(pipeline: UnCLIP, other: Any, data: Path, test: Drawn) -> dict[str, float]:
+def _recalls(pipeline: UnCLIP, other: Any, yardstick: Yardstick, drawn: Tensor) -> dict[str, float]:
     """Captions to pictures among distinct concepts: real ones by the chain's CLIP, drawn ones by the other."""
-    held_out = [_spread(data / split, 10**9) for split in ("val", "test", "test_styles")]
+    held_out = [_spread(yardstick.data / split, 10**9) for split in ("val", "test", "test_styles")]
     samples = [sample for split in held_out for sample in split]
-    rows = _one_per_concept(samples)
-    chosen = [samples[i] for i in rows]
+    chosen = [samples[i] for i in _one_per_concept(samples)]
     own = pipeline.models["clip"]
-    real = _recall(own, [s.caption for s in chosen], _pictures(chosen, own.image_size))
-    rows = _one_per_concept(test.samples)
-    drawn = _recall(other, [test.samples[i].caption for i in rows], test.from_prior[rows])
-    shown = _recall(other, [test.samples[i].caption for i in rows], test.real[rows])
+    real = _recall(own, [s.caption for s in chosen], pictures_of(chosen, own.image_size))
+    rows = _one_per_concept(yardstick.test)
+    captions = [yardstick.test[i].caption for i in rows]
     return {
         "clip_recall_at_1": real,
         "clip_recall_concepts": len(chosen),
-        "generated_recall_at_1": drawn,
-        "real_recall_at_1": shown,  # the same pictures' originals: what a perfect chain would reach with this judge
+        "generated_recall_at_1": _recall(other, captions, drawn[rows]),
+        # the same pictures' originals: what a perfect chain would reach with this judge
+        "real_recall_at_1": _recall(other, captions, yardstick.real[rows]),
         "generated_recall_concepts": len(rows),
     }
 

@@ -49,7 +49,7 @@ def scan_shard(path: Path, check: Callable[[bytes], object] | None = None, bad: 
     """One entry of the index: the keys of a tar and each member's offset and size (offset -1: there is no such member).
 
     Samples without picture or caption, and those whose picture makes ``check`` raise, are left out and put in ``bad``.
-    ``text_sha256`` covers keys and captions: it is the same for two sizes of the same pictures.
+    ``text_sha256`` covers keys and captions, a list of several too: it is the same for two sizes of the same pictures.
     """
     members: dict[str, dict[str, tuple[int, int]]] = {}
     try:
@@ -71,7 +71,7 @@ def scan_shard(path: Path, check: Callable[[bytes], object] | None = None, bad: 
                 good[key] = found
             elif bad is not None:
                 bad[key] = reason
-        texts = [[key, _caption(file, found)] for key, found in good.items()]
+        texts = [[key, _caption(file, found), *_more_captions(file, found)] for key, found in good.items()]
         file.seek(0)
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     kinds = [kind for kind in MEMBER_TYPES if any(kind in found for found in good.values())]
@@ -117,6 +117,20 @@ def _strict_caption(file: BinaryIO, found: dict[str, tuple[int, int]]) -> str:
 def _caption(file: BinaryIO, found: dict[str, tuple[int, int]]) -> str:
     offset, size = found["txt"] if "txt" in found else found["json"]
     return os.pread(file.fileno(), size, offset).decode("utf-8", errors="replace")
+
+
+def _more_captions(file: BinaryIO, found: dict[str, tuple[int, int]]) -> list[Any]:
+    """What stands under "captions" in the KEY.json beside a KEY.txt: [] if nothing, so that old indices keep their hash."""
+    if "txt" not in found or "json" not in found:
+        return []
+    content = os.pread(file.fileno(), found["json"][1], found["json"][0])
+    if b'"captions"' not in content:
+        return []
+    try:
+        meta = json.loads(content)
+    except ValueError:
+        return []  # whoever reads it is told; a caption is there
+    return [meta["captions"]] if isinstance(meta, dict) and "captions" in meta else []
 
 
 def write_index(split_dir: Path, entries: list[dict[str, Any]]) -> None:

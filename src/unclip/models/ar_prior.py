@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep
 from unclip.errors import ConfigError
 from unclip.models.diffusion_prior import best_candidate
+from unclip.models.inputs import in_parts, scaled, text_side
 from unclip.models.interface import Interface, PriorConfig
 from unclip.models.pca import PCA, Buckets, BucketValue, Edges, quantile_edges, uniform_edges
 from unclip.models.sampling import ARSampling
@@ -146,7 +146,7 @@ class ARPrior(nn.Module):
 
     def cond(self, batch: Batch) -> Cond:
         """The batch's text side, z_t raw."""
-        return Cond(text_emb=batch.text_emb, tokens=batch.tokens, num_rows=len(batch))
+        return text_side(batch)
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """{"cross_entropy": ...}, in nats per code. Rows lose the text side, the dot product with it, by chance."""
@@ -248,13 +248,9 @@ class ARPrior(nn.Module):
 
     def _scaled(self, cond: Cond) -> Cond:
         assert cond.text_emb is not None
-        return replace(cond, text_emb=F.normalize(cond.text_emb.float(), dim=-1) * cond.text_emb.shape[-1] ** 0.5)
+        return replace(cond, text_emb=scaled(cond.text_emb))
 
     def _blocks(self, embeddings: Any) -> Iterator[tuple[Tensor, Tensor]]:
         """Unit-norm pairs (n, D) of z_i and z_t in float64, of rows spread evenly over the embeddings."""
-        count = min(len(embeddings), self.cfg.fit_rows)
-        chosen = np.linspace(0, len(embeddings) - 1, count).round().astype(np.int64)
-        for start in range(0, count, BLOCK):
-            part = embeddings.rows(chosen[start : start + BLOCK], ["image_emb", "text_emb"])
-            pair = [torch.from_numpy(part[name].astype(np.float64)) for name in ("image_emb", "text_emb")]
-            yield F.normalize(pair[0], dim=1), F.normalize(pair[1], dim=1)
+        for part in in_parts(embeddings, ["image_emb", "text_emb"], BLOCK, self.cfg.fit_rows):
+            yield F.normalize(part["image_emb"].double(), dim=1), F.normalize(part["text_emb"].double(), dim=1)

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep
-from unclip.models.decoder import cut_to
-from unclip.models.diffusion_prior import in_parts
+from unclip.models.inputs import in_parts, scaled, text_side
 from unclip.models.interface import Interface, PriorConfig
 from unclip.models.sampling import NoSampling
 from unclip.nets.layers import ClipWidths, Cond, Keep
@@ -114,12 +113,7 @@ class BaselinePrior(nn.Module):
 
     def cond(self, batch: Batch) -> Cond:
         """The batch's text side, z_t raw."""
-        return Cond(
-            text_emb=batch.text_emb,
-            text_seq=cut_to(batch.text_seq, batch.tokens),
-            tokens=batch.tokens,
-            num_rows=len(batch),
-        )
+        return text_side(batch)
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """{"mse": ...} between the predicted and the true z_i, this one at unit norm × √d."""
@@ -224,11 +218,6 @@ class EclipsePrior(BaselinePrior):
         logits = F.normalize(predicted, dim=1) @ F.normalize(batch.column("text_emb").float(), dim=1).T
         own = torch.arange(len(logits), device=logits.device)
         return {"mse": mse, "contrast": self.cfg.contrast * F.cross_entropy(logits / self.cfg.temperature, own)}
-
-
-def scaled(emb: Tensor) -> Tensor:
-    """At unit norm × √d, float32: each number has a mean square of one."""
-    return F.normalize(emb.float(), dim=-1) * emb.shape[-1] ** 0.5
 
 
 def caption_mean(cond: Cond) -> Tensor:

@@ -15,6 +15,7 @@ from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, SamplerConfig, sample
 from unclip.diffusion.settings import DiffusionConfig
 from unclip.errors import ConfigError
+from unclip.models.inputs import text_side
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import training_pictures
 from unclip.models.sampling import DiffusionSampling
@@ -104,13 +105,7 @@ class Decoder(nn.Module):
 
     def cond(self, batch: Batch) -> Cond:
         """The batch's conditions, CLIP's raw outputs as they are; columns that the batch lacks are None."""
-        return Cond(
-            batch.image_emb,
-            batch.text_emb,
-            cut_to(batch.text_seq, batch.tokens),
-            tokens=batch.tokens,
-            num_rows=len(batch),
-        )
+        return replace(text_side(batch), image_emb=batch.image_emb)
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """Scalars whose sum is the loss. Rows lose z_i and the text side by chance, independently."""
@@ -206,8 +201,3 @@ def guided_context(net: Any, cond: Cond, how: DiffusionSampling, negative: Cond 
     if negative is None:
         return net.prepare(Cond.cat(cond, cond), keep)
     return net.prepare(Cond.cat(cond, replace(negative, image_emb=cond.image_emb)), Keep(image=keep.image))
-
-
-def cut_to(text_seq: Tensor | None, tokens: Tensor | None) -> Tensor | None:
-    """Token states cut to the length of the (trimmed) tokens."""
-    return text_seq if text_seq is None or tokens is None else text_seq[:, : tokens.shape[1]]

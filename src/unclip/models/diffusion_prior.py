@@ -1,11 +1,10 @@
 """The diffusion prior: caption and z_t to z_i (paper §2.2)."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, Sampler, sample
 from unclip.diffusion.settings import DiffusionConfig, Predict
 from unclip.errors import ConfigError
-from unclip.models.decoder import cut_to
+from unclip.models.inputs import in_parts, scaled, text_side
 from unclip.models.interface import Interface, PriorConfig
 from unclip.models.pca import PCA
 from unclip.models.sampling import PriorSampling
@@ -145,12 +144,7 @@ class DiffusionPrior(nn.Module):
 
     def cond(self, batch: Batch) -> Cond:
         """The batch's text side, z_t raw."""
-        return Cond(
-            text_emb=batch.text_emb,
-            text_seq=cut_to(batch.text_seq, batch.tokens),
-            tokens=batch.tokens,
-            num_rows=len(batch),
-        )
+        return text_side(batch)
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """{"mse": ...} between the predicted and the true z_i, in the space they are diffused in."""
@@ -260,17 +254,10 @@ class DiffusionPrior(nn.Module):
     def _scaled(self, cond: Cond) -> Cond:
         if not self.scaled or cond.text_emb is None:
             return cond
-        return replace(cond, text_emb=F.normalize(cond.text_emb.float(), dim=-1) * cond.text_emb.shape[-1] ** 0.5)
+        return replace(cond, text_emb=scaled(cond.text_emb))
 
 
 def best_candidate(drawn: Tensor, text_emb: Tensor) -> Tensor:
     """Of drawn (B, K, D), the candidate of each row closest in angle to text_emb (B, D)."""
     closeness = torch.einsum("bkd,bd->bk", F.normalize(drawn, dim=-1), text_emb.to(drawn.dtype))
     return drawn[torch.arange(len(drawn), device=drawn.device), closeness.argmax(dim=1)]
-
-
-def in_parts(embeddings: Any, columns: Sequence[str], size: int = 65536) -> Iterator[dict[str, Tensor]]:
-    """The named columns of all rows, ``size`` at a time, in memory."""
-    for start in range(0, len(embeddings), size):
-        rows = embeddings.rows(np.arange(start, min(start + size, len(embeddings))), columns)
-        yield {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in rows.items()}

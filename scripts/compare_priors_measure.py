@@ -1,0 +1,88 @@
+"""Evaluate every prior that scripts/compare_priors.sh trained, and draw with each by one decoder.
+
+    python scripts/compare_priors_measure.py OUT --data DATA --embeddings FOLDER --splits val test_styles --chain RUNS
+
+One process for all: what is real is looked at once. Each OUT/LABEL/seed-N gets evaluation-SPLIT.json and, with --chain,
+drawn.json; what is there already is kept.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from compare_priors_table import DRAWN, TRUE
+from torch import Tensor
+
+from unclip.cli.measure import Yardstick, draw
+from unclip.config import Precision
+from unclip.data.datamodule import DataConfig
+from unclip.data.shards import write_atomic
+from unclip.errors import told_to_the_user
+from unclip.evaluation.prior import PriorEvaluateConfig, evaluate_prior
+from unclip.pipeline import UnCLIP
+
+BATCH = 50
+
+
+def main() -> None:
+    choice = arguments()
+    cells = sorted(path.parent for path in choice.out.glob("*/seed-*/artifact"))
+    for split in choice.splits:
+        data = DataConfig(path=str(choice.data), embeddings=str(choice.embeddings), val_split=split, max_val=10_000)
+        for cell in cells:
+            file = cell / f"evaluation-{split}.json"
+            if not file.exists():
+                write(file, evaluate_prior(PriorEvaluateConfig(str(cell), str(cell), seed_of(cell), data)))
+    todo = [cell for cell in cells if not (cell / f"{DRAWN}.json").exists()]
+    if choice.chain is not None and (todo or not (choice.out / TRUE).exists()):
+        draw_all(choice, cells, todo)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("out", type=Path, help="the folder of the compared runs")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--embeddings", type=Path, required=True)
+    parser.add_argument("--splits", nargs="+", default=["val"], help="splits to evaluate on")
+    parser.add_argument("--chain", type=Path, help="a folder with the runs clip, decoder and upsampler*")
+    parser.add_argument("--num", type=int, default=150, help="pictures of each of the splits test and test_styles")
+    return parser.parse_args()
+
+
+def draw_all(choice: argparse.Namespace, cells: list[Path], todo: list[Path]) -> None:
+    """Every cell draws the same captions with its own seed; once, the decoder draws from the real pictures' z_i."""
+    yardstick = Yardstick(choice.data, choice.num)
+    pipeline = UnCLIP.load(choice.chain, precision=Precision.bf16, prior=cells[0])
+    yardstick.look(pipeline.size)
+    if not (choice.out / TRUE).exists():
+        write(choice.out / TRUE, judged(yardstick, *drawn(pipeline, yardstick, 0, true=True)))
+    for cell in todo:
+        pipeline = UnCLIP.load(choice.chain, precision=Precision.bf16, prior=cell)
+        found = judged(yardstick, *drawn(pipeline, yardstick, seed_of(cell)))
+        print(f"{cell}: KID {found['kid']:.1f}, style {found['style_accuracy']:.1%}", flush=True)
+        write(cell / f"{DRAWN}.json", found)
+
+
+def drawn(pipeline: UnCLIP, yardstick: Yardstick, seed: int, *, true: bool = False) -> list[Tensor]:
+    return [draw(pipeline, samples, seed, BATCH, true=true) for samples in (yardstick.test, yardstick.styled)]
+
+
+def judged(yardstick: Yardstick, test: Tensor, styled: Tensor) -> dict[str, float]:
+    distance, error = yardstick.kid(test)
+    style = yardstick.style_accuracy(styled)
+    counts = {"num_test": len(test), "num_styles": len(styled)}
+    return {"kid": distance, "kid_error": error, "style_accuracy": style, **counts}
+
+
+def seed_of(cell: Path) -> int:
+    return int(cell.name.removeprefix("seed-"))
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    write_atomic(path, (json.dumps(found, indent=2) + "\n").encode())
+
+
+if __name__ == "__main__":
+    with told_to_the_user():
+        main()
