@@ -12,12 +12,14 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from unclip import artifact
 from unclip.callbacks import Checkpoint, JsonlLogger, Metrics, ProgressBar, SampleSheet, StopOnLimitOrSignal
 from unclip.config import LoggerConfig, LoggerName, OptimConfig, Precision, TrainerConfig, identity, to_plain
 from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.errors import ConfigError
+from unclip.job_notes import ERROR
 from unclip.models import CLIPConfig, DecoderConfig, ModelConfig, UpsamplerConfig, build, name_of
 from unclip.models.interface import PriorConfig
 from unclip.run_lock import RunLock
@@ -113,13 +115,13 @@ def train(cfg: TrainConfig) -> Path:
         model, data = _model_and_data(cfg, kind, fresh=not last.exists())
         log.info("data %s", data.fingerprint[:12])  # opens it: a wrong path ends here
         _write_settings(run, cfg)  # from here on the folder is this run's
+        (run / ERROR).unlink(missing_ok=True)
         stage = stage_class(model, cfg.trainer, cfg.optim, cfg.seed)
         data.set_start(start)
         trainer = _trainer(cfg, run, start, title=f"{kind} in {run}")
         size = artifact.describe(stage.model)
         log.info("%s: %.1f M parameters, from step %d", kind, size["trainable"] / 1e6, start)
         trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
-        _stop_if_interrupted(trainer, run)
         return _finish(trainer, stage, data, cfg, kind)
 
 
@@ -157,6 +159,7 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
         devices=cfg.trainer.devices if trains else 1,
         num_nodes=cfg.trainer.num_nodes if trains else 1,
         strategy=_strategy(cfg.trainer) if trains else "auto",
+        plugins=_plugins(),
         precision="bf16-mixed" if cfg.trainer.precision is Precision.bf16 else "32-true",
         max_steps=cfg.trainer.max_steps if trains else 0,
         max_epochs=-1,
@@ -176,6 +179,12 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
 
 def _strategy(cfg: TrainerConfig) -> str | Sharded:
     return Sharded(cfg.devices * cfg.num_nodes) if cfg.strategy == "fsdp2" else cfg.strategy
+
+
+def _plugins() -> list[SLURMEnvironment]:
+    """Lightning's own requeueing saves within the signal's handler, which can hang; see StopOnLimitOrSignal."""
+    under_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+    return [SLURMEnvironment(auto_requeue=False)] if under_srun else []
 
 
 def _loggers(cfg: TrainConfig, run: Path, start: int) -> list[Logger]:
@@ -225,18 +234,6 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
     trainer.strategy.barrier()
     log.info("%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return artifact.locate(run)
-
-
-def _stop_if_interrupted(trainer: pl.Trainer, run: Path) -> None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StopOnLimitOrSignal) and callback.received is not None:
-            log.info(
-                "stopped by signal %d at step %d; the same command resumes %s",
-                callback.received,
-                trainer.global_step,
-                run,
-            )
-            raise SystemExit(128 + callback.received)
 
 
 def _finished(run: Path, cfg: TrainConfig) -> bool:

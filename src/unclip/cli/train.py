@@ -2,14 +2,16 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from unclip.errors import ConfigError, told_to_the_user
+from unclip.errors import ArtifactError, ConfigError, told_to_the_user
+from unclip.job_notes import ERROR, note
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -109,10 +111,21 @@ def _main(root: str, run: Callable[[DictConfig], Any]) -> None:
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=root)
     def command(raw: DictConfig) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-        with told_to_the_user():
+        with told_to_the_user(), _noted(raw):
             run(raw)
 
     command()
+
+
+@contextmanager
+def _noted(raw: DictConfig) -> Iterator[None]:
+    """Around a command: ``error.json`` in its run says that a setting or an artifact is wrong."""
+    try:
+        yield
+    except (ConfigError, ArtifactError) as error:
+        if not OmegaConf.is_missing(raw, "run"):
+            note(Path(raw.run), ERROR, kind=type(error).__name__, message=str(error))
+        raise
 
 
 def forced(argument: str) -> str:
