@@ -16,7 +16,7 @@ ERROR, STOPPED = "error.json", "stopped.json"
 def job_id() -> str | None:
     """This SLURM job, as ``scontrol`` names it (``17``, or ``17_3`` for a task of an array); None outside of one."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID") or None
 
 
 def note(run: Path, name: str, **what: Any) -> None:
