@@ -71,7 +71,9 @@ def test_failures_requeue_up_to_max_restarts(
     assert [run(slurm, 9) for _ in range(3)] == [0, 0, 9]
     assert calls(slurm, "scontrol") == ["scontrol requeue 17"] * 2
     assert "exit code 9: restart 2 of MAX_RESTARTS=2" in caplog.text
-    assert f"MAX_RESTARTS=2 is reached. See the log above for the cause; the same line resumes {slurm}/run" in caplog.text
+    assert (
+        f"MAX_RESTARTS=2 is reached. See the log above for the cause; the same line resumes {slurm}/run" in caplog.text
+    )
     assert run(slurm, 0) == 0
     assert run(slurm, 9) == 0, "a job that has succeeded counts anew"
 

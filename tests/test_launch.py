@@ -26,7 +26,10 @@ def task(**settings: object) -> launch.Task:
     [
         ({"partiton": "gpu"}, "launch: unknown option 'partiton'; did you mean 'partition'?"),
         ({"nodes": 0}, "launch: nodes=0 must be at least 1"),
-        ({"script": "none.sbatch"}, f"launch: script=none.sbatch is not a file; copy {launch.SCRIPT} and change the copy"),
+        (
+            {"script": "none.sbatch"},
+            f"launch: script=none.sbatch is not a file; copy {launch.SCRIPT} and change the copy",
+        ),
     ],
 )
 def test_wrong_settings_are_told_before_anything_is_submitted(settings: dict[str, object], message: str) -> None:
@@ -36,7 +39,9 @@ def test_wrong_settings_are_told_before_anything_is_submitted(settings: dict[str
 
 def test_without_submitit_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ConfigError, match=r"needs submitit: pip install 'unclip\[slurm\]'. Without it: sbatch scripts/slurm/tr"):
+    with pytest.raises(
+        ConfigError, match=r"needs submitit: pip install 'unclip\[slurm\]'. Without it: sbatch scripts/slurm/tr"
+    ):
         launch.run_on_slurm([task()])
 
 
@@ -59,7 +64,9 @@ def test_a_job_gets_its_resources_and_its_run() -> None:
     pytest.importorskip("submitit")
     first, second = task(), task()
     second.config.run = "with space"
-    cfg = launch.SlurmConfig(nodes=2, tasks_per_node=8, gpus_per_node=8, partition="gpu", options={"constraint": "h100"})
+    cfg = launch.SlurmConfig(
+        nodes=2, tasks_per_node=8, gpus_per_node=8, partition="gpu", options={"constraint": "h100"}
+    )
     given = launch._parameters([first, second], cfg)
     assert (given["nodes"], given["ntasks_per_node"], given["gpus_per_node"], given["partition"]) == (2, 8, 8, "gpu")
     assert given["additional_parameters"] == {"signal": "USR1@120", "requeue": True, "constraint": "h100"}

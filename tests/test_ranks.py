@@ -13,6 +13,7 @@ from tests_support import TINY, environment, run_command
 from torch.testing import assert_close
 
 from unclip import artifact
+from unclip.stages.parts import read_checkpoint
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 4
@@ -68,7 +69,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_all(runs("auto", 1, resumed, half, folder="one-then-fsdp2"))
         planned = runs("fsdp2", 2, resumed, half) + runs("fsdp2", 2, list(CASES)) + runs("ddp", 2, list(CASES))
         planned += runs("fsdp2", 2, resumed, folder="one-then-fsdp2")
-        planned += runs("fsdp2", 2, resumed, half, folder="fsdp2-then-one")
+        planned += runs("fsdp2", 2, ["clip-sigmoid"], half, folder="fsdp2-then-one")
+        planned += runs("fsdp2", 2, ["decoder"], half, "trainer.checkpoint=full", folder="fsdp2-then-one")
         planned += runs("fsdp2", 2, HALF, "trainer.precision=bf16", folder="bf16")
         on_ranks(2, planned, root)
         train_all(runs("auto", 1, resumed, folder="fsdp2-then-one"))
@@ -81,7 +83,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_run(run: Path, one: Path) -> None:
     """Averaged and trained weights, optimiser, and figures of validation, to 1e-5."""
-    found, wanted = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (run, one))
+    found, wanted = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, one))
     assert found["global_step"] == STEPS
     pairs = [(weights(run), weights(one)), (found["state_dict"], wanted["state_dict"])]
     states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (found, wanted)]
@@ -128,6 +130,26 @@ def test_sharded_blocks_in_bfloat16_learn_as_in_float32(case: str, root: Path) -
     for step in (1, STEPS - 1):
         assert ours[step, loss] == pytest.approx(theirs[step, loss], rel=0.01)
         assert ours[step, loss] != theirs[step, loss], "nothing was computed in bfloat16"
+
+
+def test_fsdp2_writes_shares_or_whole_files_and_keeps_the_last_only(root: Path) -> None:
+    """Two files of half the rows each, or one; nothing of earlier steps."""
+    for run, files in {"fsdp2-2/decoder": 2, "fsdp2-2/clip": 2}.items():
+        checkpoints = root / run / "checkpoints"
+        assert sorted(path.name for path in checkpoints.iterdir()) == ["last.ckpt", f"parts-{STEPS:08d}"]
+        sizes = [path.stat().st_size for path in sorted((checkpoints / f"parts-{STEPS:08d}").iterdir())]
+        assert len(sizes) == files
+        assert max(sizes) < 0.6 * sum(sizes)
+    assert not list((root / "fsdp2-then-one").glob("*/checkpoints/parts-*")), "one process wrote the last one"
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_with_twice_the_ranks(root: Path) -> None:
+    cases = ["clip-sigmoid", "decoder"]
+    on_ranks(2, runs("fsdp2", 2, cases, f"trainer.max_steps={STEPS // 2}", folder="two-then-four"), root)
+    on_ranks(4, runs("fsdp2", 4, cases, folder="two-then-four"), root)
+    for case in cases:
+        assert_same_run(root / "two-then-four" / case, root / "auto-1" / case)
 
 
 @pytest.mark.slow

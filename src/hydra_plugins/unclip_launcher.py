@@ -15,9 +15,7 @@ class SlurmLauncherConfig:
     _target_: str = "hydra_plugins.unclip_launcher.SlurmLauncher"
 
 
-ConfigStore.instance().store(
-    group="hydra/launcher", name="unclip_slurm", node=SlurmLauncherConfig(), provider="unclip"
-)
+ConfigStore.instance().store(group="hydra/launcher", name="unclip_slurm", node=SlurmLauncherConfig(), provider="unclip")
 
 
 class SlurmLauncher(Launcher):

@@ -23,6 +23,7 @@ from unclip.errors import TrainingError
 from unclip.evaluation.sheet import draw_table, save_picture
 from unclip.job_notes import STOPPED, note
 from unclip.stages.base import Stage
+from unclip.stages.parts import drop_older
 
 log = logging.getLogger(__name__)
 LIMIT = 0.5  # the reason to stop that is no signal's number
@@ -157,6 +158,7 @@ class Checkpoint(pl.Callback):
                 with draft.open("rb") as file:
                     os.fsync(file.fileno())
                 os.replace(draft, self.path)
+                drop_older(self.path)
         except OSError as error:
             draft.unlink(missing_ok=True)
             raise TrainingError(

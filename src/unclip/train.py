@@ -26,9 +26,11 @@ from unclip.run_lock import RunLock
 from unclip.stages.base import Stage
 from unclip.stages.clip import ClipStage
 from unclip.stages.decoder import DecoderStage
+from unclip.stages.parts import AnyCheckpoint
 from unclip.stages.prior import PriorStage
-from unclip.stages.sharded import Sharded, gathered
+from unclip.stages.sharded import Sharded
 from unclip.stages.upsampler import UpsamplerStage
+from unclip.tensor_file import write_tensors
 
 log = logging.getLogger(__name__)
 for _name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):  # they raise their own level when imported
@@ -159,7 +161,7 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
         devices=cfg.trainer.devices if trains else 1,
         num_nodes=cfg.trainer.num_nodes if trains else 1,
         strategy=_strategy(cfg.trainer) if trains else "auto",
-        plugins=_plugins(),
+        plugins=_plugins(sharded=trains and cfg.trainer.strategy == "fsdp2"),
         precision="bf16-mixed" if cfg.trainer.precision is Precision.bf16 else "32-true",
         max_steps=cfg.trainer.max_steps if trains else 0,
         max_epochs=-1,
@@ -178,13 +180,19 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
 
 
 def _strategy(cfg: TrainerConfig) -> str | Sharded:
-    return Sharded(cfg.devices * cfg.num_nodes) if cfg.strategy == "fsdp2" else cfg.strategy
+    if cfg.strategy != "fsdp2":
+        return cfg.strategy
+    return Sharded(cfg.devices * cfg.num_nodes, full=cfg.checkpoint == "full")
 
 
-def _plugins() -> list[SLURMEnvironment]:
-    """Lightning's own requeueing saves within the signal's handler, which can hang; see StopOnLimitOrSignal."""
+def _plugins(sharded: bool) -> list[Any]:
+    """How to read checkpoints, and what to know of SLURM.
+
+    Lightning's own requeueing saves within the signal's handler, which can hang; see StopOnLimitOrSignal.
+    """
     under_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-    return [SLURMEnvironment(auto_requeue=False)] if under_srun else []
+    own = [SLURMEnvironment(auto_requeue=False)] if under_srun else []
+    return own if sharded else [*own, AnyCheckpoint()]
 
 
 def _loggers(cfg: TrainConfig, run: Path, start: int) -> list[Logger]:
@@ -228,9 +236,11 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
             data=data.fingerprint,
             settings=to_plain(cfg),
         )
-        weights = gathered(stage.model.state_dict())
+        weights = stage.model.state_dict()
         if trainer.is_global_zero:
             artifact.save(run, weights, manifest)
+        elif stage.is_sharded:
+            write_tensors(None, weights)
     trainer.strategy.barrier()
     log.info("%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return artifact.locate(run)

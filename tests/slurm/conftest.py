@@ -49,7 +49,7 @@ class Cluster:
             time.sleep(0.5)
         return found
 
-    def wait(self, *jobs: str, seconds: float = 240) -> None:
+    def wait(self, *jobs: str, seconds: float = 600) -> None:
         deadline = time.monotonic() + seconds
         while left := self.ask("squeue", "-h", "-j", ",".join(jobs), "-o", "%i %T %r"):
             assert time.monotonic() < deadline, f"still in the queue: {left}"
@@ -60,7 +60,9 @@ class Cluster:
 def slurm() -> Iterator[Cluster]:
     missing = [name for name in ("slurmctld", "slurmdbd", "munged", "mariadbd") if not shutil.which(name, path=SBIN)]
     if missing:
-        reason = f"{', '.join(missing)} not found; `make setup-slurm` installs a SLURM for the tests (Debian, root or sudo)"
+        reason = (
+            f"{', '.join(missing)} not found; `make setup-slurm` installs a SLURM for the tests (Debian, root or sudo)"
+        )
         (pytest.fail if "slurm" in os.environ.get("UNCLIP_REQUIRE", "") else pytest.skip)(reason)
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # sockets' paths must be short
     cluster = Cluster(folder)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hydra import version
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
@@ -84,6 +85,7 @@ class Task:
         for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR2):  # submitit ignores them, or requeues at once
             signal.signal(number, signal.SIG_DFL)
         setup_globals()
+        version.setbase("1.3")  # as the command's own; without it Hydra changes the working directory
         JobRuntime.instance().set("name", self.config.hydra.job.name)
         done = run_job(self.task_function, self.config, "hydra.sweep.dir", "hydra.sweep.subdir", self.hydra_context)
         if done.status is not JobStatus.COMPLETED:
