@@ -47,7 +47,7 @@ def test_without_submitit_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_without_sbatch_a_login_node_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match="no sbatch or srun here. Submit from a login node of a SLURM cluster"):
+    with pytest.raises(ConfigError, match=r"no sbatch or srun here. Submit from a login node of a SLURM cluster"):
         launch.run_on_slurm([task()])
 
 
@@ -56,7 +56,7 @@ def test_what_sbatch_refuses_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         (tmp_path / name).write_text('#!/bin/sh\necho "sbatch: error: invalid partition specified: gpuu" >&2\nexit 1\n')
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    with pytest.raises(ConfigError, match="sbatch refuses this job.*invalid partition specified: gpuu"):
+    with pytest.raises(ConfigError, match=r"sbatch refuses this job.*invalid partition specified: gpuu"):
         launch.run_on_slurm([task(partition="gpuu", folder=str(tmp_path / "slurm"))])
 
 

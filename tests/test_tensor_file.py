@@ -97,7 +97,9 @@ def test_splitting_and_joining_change_nothing() -> None:
 def test_a_missing_part_is_told(tmp_path: Path) -> None:
     write(tmp_path / "last.ckpt", 3)
     (tmp_path / "parts-00000004" / "00001-of-00003.safetensors").unlink()
-    with pytest.raises(TrainingError, match="needs the 3 files in .*, of which one is missing .*copy the whole folder"):
+    with pytest.raises(
+        TrainingError, match=r"needs the 3 files in .*, of which one is missing .*copy the whole folder"
+    ):
         read_checkpoint(tmp_path / "last.ckpt")
 
 

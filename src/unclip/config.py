@@ -89,9 +89,9 @@ class TrainerConfig:
     ``max_minutes`` of training, whichever comes first; the learning-rate decay follows the nearer of the two ends.
     A run limited by time is not reproducible to the bit, since the number of its steps depends on the machine.
     ``strategy`` auto is ddp where there are several devices; fsdp2 shards weights, gradients, moments and averages over them.
-    ``checkpoint`` of fsdp2: sharded (auto), where each rank writes its share, or full, one file of whole tensors; either is read
-    by any number of ranks. ``on_nonfinite`` stop looks every ``log_every`` steps and before each checkpoint; skip looks at every step, for which
-    a GPU has to wait. Either writes the batch's keys to ``nonfinite.jsonl``.
+    ``checkpoint`` of fsdp2: sharded (auto), where each rank writes its share, or full, one file of whole tensors; either is
+    read by any number of ranks. ``on_nonfinite`` stop looks every ``log_every`` steps and before each checkpoint; skip looks at
+    every step, for which a GPU has to wait. Either writes the batch's keys to ``nonfinite.jsonl``.
     """
 
     max_steps: int = 100_000

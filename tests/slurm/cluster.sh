@@ -151,11 +151,14 @@ controller)
     ;;
 stop)
     timeout 10 scancel -f -u "$me" 2>/dev/null || true
-    for _ in $(seq 100); do [ -z "$(squeue -h 2>/dev/null)" ] && break; sleep 0.1; done
-    kill_all "$D"/run/slurmd.*.pid "$D"/run/{slurmctld,slurmdbd,mariadbd,munged}.pid
-    # step daemons that outlived all that: their environment names our slurm.conf
-    for pid in $(pgrep -x slurmstepd || true); do
-        grep -qzFx "SLURM_CONF=$D/slurm.conf" "/proc/$pid/environ" 2>/dev/null && kill -9 "$pid" || true
+    for _ in $(seq 50); do [ -z "$(timeout 5 squeue -h 2>/dev/null)" ] && break; sleep 0.2; done
+    for file in "$D"/run/*.pid; do # nothing of them is kept
+        pid=$(cat "$file" 2>/dev/null) && kill -9 "$pid" 2>/dev/null || true
+    done
+    for folder in /proc/[0-9]*; do # step daemons and tasks that outlived that: their environment names our slurm.conf
+        if [ "${folder#/proc/}" != $$ ] && grep -qzFx "SLURM_CONF=$D/slurm.conf" "$folder/environ" 2>/dev/null; then
+            kill -9 "${folder#/proc/}" 2>/dev/null || true
+        fi
     done
     ;;
 esac

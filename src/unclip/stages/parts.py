@@ -1,7 +1,8 @@
 """FSDP2's checkpoints: ``last.ckpt`` holds everything but the tensors, which stand in safetensors files in a folder beside it.
 
 *Sharded*: each rank writes its own rows of each tensor, all at the same time. *Full*: rank 0 writes one file of whole tensors,
-gathered one by one. No rank ever holds more than its share and one whole tensor. Any number of ranks, of any strategy, reads either.
+gathered one by one. No rank ever holds more than its share and one whole tensor. Any number of ranks
+of any strategy reads either.
 """
 
 import shutil
