@@ -37,7 +37,7 @@ def write_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> None:
             file.write(_header({name: tensors[name] for name in order}))
             for name in order:
                 data = _whole(tensors[name]).detach().cpu().contiguous().reshape(-1)
-                file.write(memoryview(data.view(torch.uint8).numpy()))
+                file.write(data.view(torch.uint8).numpy().data)
                 del data  # before the next one is gathered
             file.flush()
             os.fsync(file.fileno())

@@ -11,8 +11,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
-from pytorch_lightning.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
 from unclip import artifact
 from unclip.callbacks import Checkpoint, JsonlLogger, Metrics, ProgressBar, SampleSheet, StopOnLimitOrSignal
