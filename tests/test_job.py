@@ -165,6 +165,11 @@ def test_notes_name_their_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     ("words", "environment", "message"),
     [
         (["train-prior", "run=r"], {"SLURM_JOB_ID": ""}, "works inside of a SLURM job: sbatch scripts/slurm/train"),
+        (
+            ["train-prior", "run=r"],
+            {"SLURM_NTASKS": "8"},
+            "submitted with --ntasks=8; give --nodes and --ntasks-per-node",
+        ),
         (["train-prior", "optim.lr=1"], {}, "`train-prior optim.lr=1` names no run; submit a command with its run"),
         (["train-prior", "run=r"], {"MAX_RESTARTS": "many"}, "MAX_RESTARTS=many is not a number of restarts: 0, 1"),
     ],

@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tests_support import run_command
 
 from unclip.cli import launch
+from unclip.cli.train import CONF, forced
+from unclip.config import typed
 from unclip.errors import ConfigError
+from unclip.train import PriorTrainConfig, train
 
 PIPELINE = Path(__file__).parent.parent / "scripts" / "slurm" / "pipeline.sh"
 
@@ -149,3 +153,38 @@ def test_the_pipeline_says_what_it_lacks(tmp_path: Path, settings: str | None, m
         assert calls == []
     assert done.returncode == 2
     assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "variable", "message"),
+    [
+        (
+            "diffusion_prior",
+            "SLURM_NTASKS_PER_NODE",
+            "trainer.devices=2, but this SLURM job has SLURM_NTASKS_PER_NODE=4; ",
+        ),
+        (
+            "diffusion_prior",
+            "SLURM_NNODES",
+            "trainer.num_nodes=1, but this SLURM job has SLURM_NNODES=4; let them agree",
+        ),
+        (
+            "linear_prior",
+            "SLURM_NTASKS_PER_NODE",
+            "trainer.devices=1 (this model has no weights to train, so it takes one)",
+        ),
+    ],
+)
+def test_ranks_that_are_not_those_of_the_job_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: str, variable: str, message: str
+) -> None:
+    for name in ("SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_JOB_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setenv(variable, "4")
+    given = [f"run={tmp_path}/run", "data.embeddings=none", f"model={model}", "trainer.devices=2"]
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        cfg = typed(compose("train_prior", [forced(text) for text in given]), PriorTrainConfig)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        train(cfg)
+    assert not (tmp_path / "run").exists()

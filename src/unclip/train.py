@@ -104,6 +104,7 @@ def train(cfg: TrainConfig) -> Path:
     """
     run = Path(cfg.run)
     kind, stage_class = STAGES[type(cfg)]
+    _check_ranks(cfg)
     with RunLock(run):
         _compare_settings(run, cfg)
         if _finished(run, cfg):
@@ -190,9 +191,29 @@ def _plugins(sharded: bool) -> list[Any]:
 
     Lightning's own requeueing saves within the signal's handler, which can hang; see StopOnLimitOrSignal.
     """
-    under_srun = SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
-    own = [SLURMEnvironment(auto_requeue=False)] if under_srun else []
+    own = [SLURMEnvironment(auto_requeue=False)] if _under_srun() else []
     return own if sharded else [*own, AnyCheckpoint()]
+
+
+def _under_srun() -> bool:
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+
+
+def _check_ranks(cfg: TrainConfig) -> None:
+    """ConfigError where a SLURM job has other ranks than the settings say."""
+    trains = _model_config(cfg).trains
+    wanted = {
+        "trainer.devices": (cfg.trainer.devices if trains else 1, "SLURM_NTASKS_PER_NODE"),
+        "trainer.num_nodes": (cfg.trainer.num_nodes if trains else 1, "SLURM_NNODES"),
+    }
+    for name, (number, variable) in wanted.items():
+        given = os.environ.get(variable, str(number))
+        if _under_srun() and given != str(number):
+            why = "" if trains else " (this model has no weights to train, so it takes one)"
+            raise ConfigError(
+                f"{name}={number}{why}, but this SLURM job has {variable}={given}; let them agree, "
+                "or submit by train.sbatch or launch=slurm, which see to it"
+            )
 
 
 def _loggers(cfg: TrainConfig, run: Path, start: int) -> list[Logger]:

@@ -70,6 +70,9 @@ def _this_job() -> str:
     job = job_id()
     if job is None:
         raise ConfigError("unclip job works inside of a SLURM job: sbatch scripts/slurm/train.sbatch COMMAND run=...")
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if tasks != "1" and "SLURM_NTASKS_PER_NODE" not in os.environ:
+        raise ConfigError(f"this job was submitted with --ntasks={tasks}; give --nodes and --ntasks-per-node instead")
     return job
 
 
