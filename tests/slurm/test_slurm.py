@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -224,3 +225,25 @@ def test_twenty_interruptions_change_nothing(slurm: Cluster, root: Path):
     slurm.wait(long.id, calm.id, seconds=1200)
     assert slurm.states(long.id) == ["REQUEUED"] * 20 + ["COMPLETED"]
     assert weights(root / "long") == weights(root / "calm")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_pipeline_runs_from_the_clip_to_the_evaluation(slurm: Cluster, root: Path):
+    common = ["logger=none", "trainer.accelerator=cpu", "data.num_workers=0", "trainer.val_every=100"]
+    settings = [f"data={root}/data runs={root}/chain", f"all_job=({' '.join(CPU)})", "embed=(device=cpu)"]
+    settings += ["embed_job=(--array=0-1)", "decoder_job=(--ntasks-per-node=2)"]
+    for stage in ("clip", "prior", "decoder", "upsampler"):
+        settings.append(f"{stage}=({shlex.join([*TINY[stage], *common])})")
+    (root / "settings.sh").write_text("\n".join(settings) + "\n")
+    done = subprocess.run(
+        [SCRIPTS / "pipeline.sh", "settings.sh"], cwd=root, env=slurm.environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "clip → embed → prior ∥ decoder ∥ upsampler → evaluate\n"
+    jobs = [line.split()[1] for line in done.stderr.splitlines()]
+    slurm.wait(*jobs, seconds=3000)
+    assert [state for job in jobs for state in slurm.states(job)] == ["COMPLETED"] * 7  # the array has two tasks
+    for run in ("clip", "prior", "decoder", "upsampler"):
+        assert (root / "chain" / run / "artifact" / "manifest.json").exists(), run
+    assert (root / "chain" / "evaluation" / "evaluation.json").exists()
