@@ -27,6 +27,9 @@ demo: setup ## Train the whole chain on generated shapes and judge it (MINUTES=1
 emoji: setup ## Train the whole chain on real pictures: emoji (EMOJI_MINUTES=55 of training)
 	scripts/emoji.sh $(EMOJI_MINUTES)
 
+setup-slurm: ## Install a SLURM for the tests (Debian or Ubuntu, as root or by sudo); they start it themselves
+	tests/slurm/cluster.sh install
+
 test: setup ## Run the tests
 	$(BIN)/python -m pytest
 
@@ -56,4 +59,4 @@ format: setup ## Rewrite the code in the house style
 clean: ## Remove runs and caches; keeps .venv
 	rm -rf runs data dist .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup demo emoji test test-slow bench lint types format clean
+.PHONY: help setup setup-slurm demo emoji test test-slow bench lint types format clean

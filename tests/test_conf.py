@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf, open_dict
 
+from unclip.cli.launch import SlurmConfig
 from unclip.cli.train import CONF, forced
 from unclip.config import identity, typed
 from unclip.data.embed import EmbedConfig
@@ -29,7 +31,16 @@ STAGE_OF = {"clip": "train_clip", "prior": "train_prior", "decoder": "train_deco
 def composed(root: str, overrides: list[str]):
     with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
         raw = compose(root, [forced(o) for o in overrides])
+    if "launch" in raw:
+        drop_launch(raw)
     return typed(raw, ROOTS[root][0])
+
+
+def drop_launch(raw: DictConfig) -> None:
+    """Type the settings that the launcher reads and the command does not see."""
+    with open_dict(raw):
+        assert typed(OmegaConf.create(OmegaConf.to_container(raw.launch, resolve=True)), SlurmConfig).nodes == 1
+        del raw.launch
 
 
 def shipped() -> list[tuple[str, list[str]]]:
@@ -39,6 +50,7 @@ def shipped() -> list[tuple[str, list[str]]]:
         asked = ["data.others=[{path: second}]"] if path.stem == "paper_clip" else []
         cases.append((STAGE_OF[stage], [f"experiment={path.stem}", *asked]))
     cases += [("evaluate", [f"evaluation={path.stem}"]) for path in sorted(CONF.glob("evaluation/*.yaml"))]
+    cases += [("embed", [f"launch={path.stem}"]) for path in sorted(CONF.glob("launch/*.yaml"))]
     cases += [("train_decoder", [f"logger={path.stem}"]) for path in sorted(CONF.glob("logger/*.yaml"))]
     priors = ("ar_prior", "diffusion_prior", "eclipse_prior", "identity", "linear_prior", "mlp_prior")
     cases += [("train_prior", [f"model={name}"]) for name in priors]
@@ -161,6 +173,8 @@ def test_sam_is_refused_where_gradients_are_sharded():
         (["trainer.strategy=fsdp"], "take fsdp2, which replaces fsdp"),
         (["trainer.strategy=deepspeed"], "not one of auto, ddp, fsdp2"),
         (["trainer.strategy=fsdp2", "trainer.compile=true"], "leave one of them out"),
+        (["trainer.checkpoint=whole"], "not one of auto, sharded, full"),
+        (["trainer.checkpoint=sharded"], r"only trainer\.strategy=fsdp2 has shares to write"),
         (["trainer.strategy=fsdp2", "model.lora_rank=2"], r"take trainer\.strategy=ddp"),
     ],
 )

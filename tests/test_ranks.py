@@ -13,6 +13,7 @@ from tests_support import TINY, environment, run_command
 from torch.testing import assert_close
 
 from unclip import artifact
+from unclip.stages.parts import read_checkpoint
 
 pytestmark = pytest.mark.timeout(900)
 STEPS = 4
@@ -70,7 +71,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         train_all(runs("auto", 1, resumed, half, folder="one-then-fsdp2"))
         planned = runs("fsdp2", 2, resumed, half) + runs("fsdp2", 2, list(CASES)) + runs("ddp", 2, list(CASES))
         planned += runs("fsdp2", 2, resumed, folder="one-then-fsdp2")
-        planned += runs("fsdp2", 2, resumed, half, folder="fsdp2-then-one")
+        planned += runs("fsdp2", 2, ["clip-sigmoid"], half, folder="fsdp2-then-one")
+        planned += runs("fsdp2", 2, ["decoder"], half, "trainer.checkpoint=full", folder="fsdp2-then-one")
         planned += runs("fsdp2", 2, list(HALF), "trainer.precision=bf16", folder="bf16")
         on_ranks(2, planned, root)
         train_all(runs("auto", 1, resumed, folder="fsdp2-then-one"))
@@ -83,7 +85,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def assert_same_run(run: Path, one: Path) -> None:
     """Averaged and trained weights, optimiser, and figures of validation, to 1e-5."""
-    found, wanted = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (run, one))
+    found, wanted = (read_checkpoint(folder / "checkpoints" / "last.ckpt") for folder in (run, one))
     assert found["global_step"] == STEPS
     pairs = [(weights(run), weights(one)), (found["state_dict"], wanted["state_dict"])]
     states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (found, wanted)]
@@ -130,6 +132,26 @@ def test_sharded_blocks_in_bfloat16_learn_as_in_float32(case: str, root: Path) -
     for step in (1, STEPS - 1):
         assert ours[step, loss] == pytest.approx(theirs[step, loss], rel=0.01)
         assert ours[step, loss] != theirs[step, loss], "nothing was computed in bfloat16"
+
+
+def test_each_rank_of_fsdp2_writes_its_share_and_the_last_one_stays(root: Path) -> None:
+    """Two files of about half the size each; nothing of earlier steps."""
+    for case in ("decoder", "clip"):
+        last, folder = sorted((root / "fsdp2-2" / case / "checkpoints").iterdir())
+        assert (last.name, folder.name[:14]) == ("last.ckpt", f"parts-{STEPS:08d}")
+        sizes = [path.stat().st_size for path in folder.iterdir()]
+        assert len(sizes) == 2
+        assert max(sizes) < 0.6 * sum(sizes)
+    assert not list((root / "fsdp2-then-one").glob("*/checkpoints/parts-*")), "one process wrote the last one"
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_with_twice_the_ranks(root: Path) -> None:
+    cases = ["clip-sigmoid", "decoder"]
+    on_ranks(2, runs("fsdp2", 2, cases, f"trainer.max_steps={STEPS // 2}", folder="two-then-four"), root)
+    on_ranks(4, runs("fsdp2", 4, cases, folder="two-then-four"), root)
+    for case in cases:
+        assert_same_run(root / "two-then-four" / case, root / "auto-1" / case)
 
 
 @pytest.mark.slow

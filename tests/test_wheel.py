@@ -42,6 +42,10 @@ def test_the_commands_help_and_train_outside_the_repository(installed: Path, tmp
     assert Path(where.strip()).is_relative_to(installed.parent)
     assert "doctor" in run([str(installed / "unclip"), "--help"], tmp_path)
     assert "run: ???" in run([str(installed / "train-prior"), "--help"], tmp_path)
+    shown = run([str(installed / "train-prior"), "launch=slurm", "--cfg", "hydra"], tmp_path)
+    assert "hydra_plugins.unclip_launcher.SlurmLauncher" in shown
+    script = run([str(installed / "python"), "-c", "from unclip.cli.launch import SCRIPT; print(SCRIPT)"], tmp_path)
+    assert "exec unclip job" in Path(script.strip()).read_text()
     run([str(installed / "unclip"), "data", "shapes", "--out", "data", "--num", "64", "--size", "16"], tmp_path)
     one_step = [*TINY["clip"], "trainer.max_steps=1", "run=run", "data.path=data"]
     run([str(installed / "train-clip"), *one_step], tmp_path)

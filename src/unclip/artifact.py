@@ -25,6 +25,7 @@ from unclip import __version__
 from unclip.config import from_plain
 from unclip.errors import ArtifactError, ConfigError
 from unclip.models.interface import Interface
+from unclip.tensor_file import write_tensors
 
 FORMAT = 1
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
@@ -67,7 +68,8 @@ class HasStatistics(Protocol):
 def save(run: Path, model: nn.Module | Mapping[str, Tensor], manifest: Manifest) -> Path:
     """Write ``model`` (or its state) as ``run/artifact-STEP/`` and point ``run/artifact`` at it.
 
-    Both appear complete or not at all.
+    Both appear complete or not at all. Of a sharded state this rank gathers one tensor after another; the other ranks call
+    ``write_tensors(None, state)`` meanwhile.
     """
     final = _unused(run / f"artifact-{manifest.step:08d}")
     draft = final.with_name(final.name + ".tmp")
@@ -96,11 +98,7 @@ def _unused(folder: Path) -> Path:
 
 def _write(draft: Path, model: nn.Module | Mapping[str, Tensor], manifest: Manifest) -> None:
     state = model.state_dict() if isinstance(model, nn.Module) else model
-    weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    try:
-        save_file(weights, draft / WEIGHTS)
-    except SafetensorError as error:  # a full disk, for instance
-        raise ArtifactError(f"{draft / WEIGHTS} could not be written ({error}); make room and run again") from error
+    write_tensors(draft / WEIGHTS, state)
     manifest.weights_sha256 = _sha256(draft / WEIGHTS)
     manifest.hash = content_hash(manifest)
     (draft / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")

@@ -22,11 +22,14 @@ from unclip.data.datamodule import UnclipData
 from unclip.ema import drop_after, save_snapshot
 from unclip.errors import TrainingError
 from unclip.evaluation.sheet import draw_table, save_picture
+from unclip.job_notes import STOPPED, note
 from unclip.report.run import CAPTIONS
 from unclip.stages.base import Stage
+from unclip.stages.parts import drop_older
 from unclip.stages.sharded import gathered
 
 log = logging.getLogger(__name__)
+LIMIT = 0.5  # the reason to stop that is no signal's number
 
 
 class JsonlLogger(Logger):
@@ -159,12 +162,14 @@ class Checkpoint(pl.Callback):
                 with draft.open("rb") as file:
                     os.fsync(file.fileno())
                 os.replace(draft, self.path)
+                drop_older(self.path)
         except OSError as error:
             draft.unlink(missing_ok=True)
             raise TrainingError(
                 f"{self.path} could not be written ({error}); the checkpoint before it, if any, is whole. "
                 f"Free disk space there and in {tempfile.gettempdir()}, and run the same command again"
             ) from error
+        trainer.strategy.barrier()  # the file stands: now any rank may end, and have the others killed
 
 
 class Snapshots(pl.Callback):
@@ -193,18 +198,20 @@ class Snapshots(pl.Callback):
 
 
 class StopOnLimitOrSignal(pl.Callback):
-    """Ends training at ``max_minutes``; on SIGINT or SIGTERM saves at the next step's end and stops.
+    """Ends training at ``max_minutes``; on SIGINT, SIGTERM or SIGUSR1 all ranks save after the same step and stop.
 
-    The handler only sets a flag: saving inside it can hang a distributed run.
+    The handler only sets a flag: saving inside it hangs a distributed run, whose other ranks may wait in a collective call.
     """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # SLURM's: preemption, and the time limit
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self.received: int | None = None
+        self.received = 0
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in self.SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -213,12 +220,24 @@ class StopOnLimitOrSignal(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
     ) -> None:  # type: ignore[override]
-        agree = trainer.strategy.reduce_boolean_decision
-        if agree(self.received is not None, all=False):
-            self.checkpoint.save(trainer)
+        reason = _largest(trainer, self.received or (LIMIT if pl_module.progress >= 1 else 0))
+        if reason == LIMIT:
             trainer.should_stop = True
-        elif agree(pl_module.progress >= 1, all=False):
-            trainer.should_stop = True
+        elif reason:
+            self._stop(trainer, int(reason))
+
+    def _stop(self, trainer: pl.Trainer, number: int) -> None:
+        """Save and end at once: there may be no time for a validation."""
+        self.checkpoint.save(trainer)
+        run = Path(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            note(run, STOPPED, signal=number, step=trainer.global_step)
+            log.info("stopped by signal %d at step %d; the same command resumes %s", number, trainer.global_step, run)
+        for other in self.SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        self._previous.clear()
+        trainer.strategy.barrier()
+        raise SystemExit(128 + number)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restore()
@@ -229,6 +248,15 @@ class StopOnLimitOrSignal(pl.Callback):
     def _restore(self) -> None:
         while self._previous:
             signal.signal(*self._previous.popitem())
+
+
+def _largest(trainer: pl.Trainer, value: float) -> float:
+    """The largest value of all ranks."""
+    if trainer.world_size == 1:
+        return value
+    mine = torch.tensor(float(value), device=trainer.strategy.root_device)
+    found: Any = trainer.strategy.reduce(mine, reduce_op="max")
+    return float(found)
 
 
 class ProgressBar(pl.Callback):

@@ -104,8 +104,9 @@ class TrainerConfig:
     ``max_minutes`` of training, whichever comes first; the learning-rate decay follows the nearer of the two ends.
     A run limited by time is not reproducible to the bit, since the number of its steps depends on the machine.
     ``strategy`` auto is ddp where there are several devices; fsdp2 shards weights, gradients, moments and averages over them.
-    ``on_nonfinite`` stop looks every ``log_every`` steps and before each checkpoint; skip looks at every step, for which
-    a GPU has to wait. Either writes the batch's keys to ``nonfinite.jsonl``.
+    ``checkpoint`` of fsdp2: sharded (auto), where each rank writes its share, or full, one file of whole tensors; either is
+    read by any number of ranks. ``on_nonfinite`` stop looks every ``log_every`` steps and before each checkpoint; skip looks at
+    every step, for which a GPU has to wait. Either writes the batch's keys to ``nonfinite.jsonl``.
     """
 
     max_steps: int = 100_000
@@ -120,6 +121,7 @@ class TrainerConfig:
     devices: int = field(default=1, metadata=FREE)
     num_nodes: int = field(default=1, metadata=FREE)
     strategy: str = field(default="auto", metadata=FREE)
+    checkpoint: str = field(default="auto", metadata=FREE)
     log_every: int = field(default=20, metadata=FREE)
     val_every: int = field(default=1000, metadata=FREE)
     sample_every: int = field(default=5000, metadata=FREE)
@@ -133,6 +135,12 @@ class TrainerConfig:
             raise ConfigError(
                 f"trainer.strategy={self.strategy} is not one of auto, ddp, fsdp2. To shard a model over its ranks take fsdp2, "
                 "which replaces fsdp"
+            )
+        if self.checkpoint not in ("auto", "sharded", "full"):
+            raise ConfigError(f"trainer.checkpoint={self.checkpoint} is not one of auto, sharded, full")
+        if self.checkpoint == "sharded" and self.strategy != "fsdp2":
+            raise ConfigError(
+                "trainer.checkpoint=sharded: only trainer.strategy=fsdp2 has shares to write; leave it at auto"
             )
         if self.strategy == "fsdp2" and self.compile:
             raise ConfigError("trainer.compile with trainer.strategy=fsdp2 is untested: leave one of them out")

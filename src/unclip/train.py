@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
+from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from unclip import artifact
@@ -27,6 +28,7 @@ from unclip.config import LoggerConfig, LoggerName, OptimConfig, Precision, Trai
 from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.data.degrade import Degrade
 from unclip.errors import ConfigError
+from unclip.job_notes import ERROR
 from unclip.models import CLIPConfig, DecoderConfig, ModelConfig, UpsamplerConfig, build, name_of
 from unclip.models.interface import PriorConfig
 from unclip.models.pictures import Bsr
@@ -35,9 +37,11 @@ from unclip.run_lock import RunLock
 from unclip.stages.base import Stage
 from unclip.stages.clip import ClipStage
 from unclip.stages.decoder import DecoderStage
+from unclip.stages.parts import AnyCheckpoint
 from unclip.stages.prior import PriorStage
-from unclip.stages.sharded import Sharded, gathered
+from unclip.stages.sharded import Sharded
 from unclip.stages.upsampler import UpsamplerStage
+from unclip.tensor_file import write_tensors
 
 log = logging.getLogger(__name__)
 for _name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):  # they raise their own level when imported
@@ -111,6 +115,7 @@ def train(cfg: TrainConfig) -> Path:
     """
     run = Path(cfg.run)
     kind, stage_class = STAGES[type(cfg)]
+    _check_ranks(cfg)
     with RunLock(run):
         _compare_settings(run, cfg)
         if _finished(run, cfg):
@@ -124,13 +129,13 @@ def train(cfg: TrainConfig) -> Path:
         model, data = _model_and_data(cfg, kind, fresh=not last.exists())
         log.info("data %s", data.fingerprint[:12])  # opens it: a wrong path ends here
         _write_settings(run, cfg)  # from here on the folder is this run's
+        (run / ERROR).unlink(missing_ok=True)
         stage = stage_class(model, cfg.trainer, cfg.optim, cfg.seed)
         data.set_start(start)
         trainer = _trainer(cfg, run, start, title=f"{kind} in {run}")
         size = artifact.describe(stage.model)
         log.info("%s: %.1f M parameters, from step %d", kind, size["trainable"] / 1e6, start)
         trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
-        _stop_if_interrupted(trainer, run)
         return _finish(trainer, stage, data, cfg, kind)
 
 
@@ -171,6 +176,7 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
         devices=cfg.trainer.devices if trains else 1,
         num_nodes=cfg.trainer.num_nodes if trains else 1,
         strategy=_strategy(cfg.trainer) if trains else "auto",
+        plugins=_plugins(sharded=trains and cfg.trainer.strategy == "fsdp2"),
         precision="bf16-mixed" if cfg.trainer.precision is Precision.bf16 else "32-true",
         max_steps=cfg.trainer.max_steps if trains else 0,
         max_epochs=-1,
@@ -189,7 +195,39 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
 
 
 def _strategy(cfg: TrainerConfig) -> str | Sharded:
-    return Sharded(cfg.devices * cfg.num_nodes) if cfg.strategy == "fsdp2" else cfg.strategy
+    if cfg.strategy != "fsdp2":
+        return cfg.strategy
+    return Sharded(cfg.devices * cfg.num_nodes, full=cfg.checkpoint == "full")
+
+
+def _plugins(sharded: bool) -> list[Any]:
+    """How to read checkpoints, and what to know of SLURM.
+
+    Lightning's own requeueing saves within the signal's handler, which can hang; see StopOnLimitOrSignal.
+    """
+    own = [SLURMEnvironment(auto_requeue=False)] if _under_srun() else []
+    return own if sharded else [*own, AnyCheckpoint()]
+
+
+def _under_srun() -> bool:
+    return SLURMEnvironment.detect() and not TorchElasticEnvironment.detect()
+
+
+def _check_ranks(cfg: TrainConfig) -> None:
+    """ConfigError where a SLURM job has other ranks than the settings say."""
+    trains = _model_config(cfg).trains
+    wanted = {
+        "trainer.devices": (cfg.trainer.devices if trains else 1, "SLURM_NTASKS_PER_NODE"),
+        "trainer.num_nodes": (cfg.trainer.num_nodes if trains else 1, "SLURM_NNODES"),
+    }
+    for name, (number, variable) in wanted.items():
+        given = os.environ.get(variable, str(number))
+        if _under_srun() and given != str(number):
+            why = "" if trains else " (this model has no weights to train, so it takes one)"
+            raise ConfigError(
+                f"{name}={number}{why}, but this SLURM job has {variable}={given}; let them agree, "
+                "or submit by train.sbatch or launch=slurm, which see to it"
+            )
 
 
 def _loggers(cfg: TrainConfig, run: Path, start: int) -> list[Logger]:
@@ -233,25 +271,15 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
             data=data.fingerprint,
             settings=to_plain(cfg),
         )
-        weights = gathered(stage.model.state_dict())
+        weights = stage.model.state_dict()
         if trainer.is_global_zero:
             artifact.save(run, weights, manifest)
             report_quietly(run)
+        elif stage.is_sharded:
+            write_tensors(None, weights)
     trainer.strategy.barrier()
     log.info("%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return artifact.locate(run)
-
-
-def _stop_if_interrupted(trainer: pl.Trainer, run: Path) -> None:
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, StopOnLimitOrSignal) and callback.received is not None:
-            log.info(
-                "stopped by signal %d at step %d; the same command resumes %s",
-                callback.received,
-                trainer.global_step,
-                run,
-            )
-            raise SystemExit(128 + callback.received)
 
 
 def _finished(run: Path, cfg: TrainConfig) -> bool:

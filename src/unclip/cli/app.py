@@ -294,6 +294,14 @@ def inspect_folder(
     inspect_path(path, out, max_rows)
 
 
+@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+def job(command: Annotated[list[str], typer.Argument(metavar="COMMAND")]) -> None:
+    """Within a SLURM job: run COMMAND in all its tasks, and requeue the job where trying again helps."""
+    from unclip.cli.job import run_job
+
+    raise typer.Exit(run_job(command))
+
+
 @app.command()
 def doctor(
     folder: Annotated[Path, typer.Option("--runs", help="Where runs will be written.")] = Path("runs"),

@@ -20,7 +20,7 @@ from unclip.evaluation.sheet import draw_table, save_picture
 from unclip.evaluation.zero_shot import class_embeddings
 from unclip.jobs import Job, Sampling
 from unclip.manipulate import find_latents, invertible
-from unclip.models.diffusion_prior import in_parts
+from unclip.models.inputs import in_parts
 from unclip.models.pca import PCA
 from unclip.pipeline import UnCLIP
 

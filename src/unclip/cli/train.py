@@ -2,14 +2,17 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from unclip.errors import ConfigError, told_to_the_user
+from unclip.errors import ArtifactError, ConfigError, told_to_the_user
+from unclip.job_notes import ERROR, note
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -109,14 +112,34 @@ def _kind(argv: list[str]) -> str:
 def _main(root: str, run: Callable[[DictConfig], Any]) -> None:
     """Compose ``conf/ROOT.yaml`` with the command line and run; errors for users end in one message and exit code 1."""
     sys.argv[1:] = [forced(argument) for argument in sys.argv[1:]]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=root)
     def command(raw: DictConfig) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-        with told_to_the_user():
+        with told_to_the_user(), _noted(raw):
+            _drop_launch(raw)
             run(raw)
 
     command()
+
+
+def _drop_launch(raw: DictConfig) -> None:
+    """``launch`` says where a command runs, which it need not know itself."""
+    with open_dict(raw):
+        given = raw.pop("launch", {})
+    if given and HydraConfig.get().runtime.choices["launch"] == "local":
+        raise ConfigError(f"launch.{next(iter(given))} is for launch=slurm: add that, or leave out launch.*")
+
+
+@contextmanager
+def _noted(raw: DictConfig) -> Iterator[None]:
+    """Around a command: ``error.json`` in its run says that a setting or an artifact is wrong."""
+    try:
+        yield
+    except (ConfigError, ArtifactError) as error:
+        if not OmegaConf.is_missing(raw, "run"):
+            note(Path(raw.run), ERROR, kind=type(error).__name__, message=str(error))
+        raise
 
 
 def forced(argument: str) -> str:

@@ -107,7 +107,9 @@ class EmbedConfig:
 
 def _array_task() -> tuple[int, int]:
     """Place and number of the tasks of SLURM's job array; ConfigError for one with gaps."""
-    if "SLURM_ARRAY_TASK_ID" not in os.environ:
+    if (
+        "SLURM_ARRAY_TASK_ID" not in os.environ or "SUBMITIT_EXECUTOR" in os.environ
+    ):  # launch=slurm: each task a job of its own
         return 0, 1
     task, first, last, count = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT"))
     step = (last - first) // max(count - 1, 1) or 1

@@ -1,12 +1,14 @@
 """``trainer.strategy=fsdp2``: each rank holds a share of weights, gradients, moments and averages; blocks are gathered for use.
 
-Checkpoints and artifacts are the same whole files as those of other strategies, gathered on rank 0 tensor by tensor: a run may
-go on with another number of ranks, or with another strategy.
+Artifacts are the same files as those of other strategies, gathered tensor by tensor. A run may go on with another number of ranks,
+or with another strategy.
 """
 
+import io
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from unclip.config import Precision
 from unclip.errors import ConfigError
 from unclip.nets.transformer import TransformerBlock
 from unclip.nets.unet import ContextAttention, ResnetBlock
+from unclip.stages.parts import Parts, joined, opened, split, unused_folder, write_part
 
 # What a stage calls of its model, and of a block beside forward: there the weights must be whole.
 MODEL_METHODS = ("losses", "features", "encode_image", "encode_text", "sample", "measures")
@@ -117,39 +120,78 @@ def gathered(values: Mapping[Any, Any]) -> dict[Any, Any]:
 class Sharded(ModelParallelStrategy):
     """FSDP2 over all ranks. Lightning's own would take the devices of a node for tensor parallelism.
 
-    It saves and loads the files of the other strategies: Lightning numbers the optimiser's state by the order of the
-    model's weights, torch by that of the parameter groups, and a file read the other way would mix up the moments.
+    Lightning numbers the optimiser's state by the order of the model's weights, torch by that of the parameter groups; a file of
+    another strategy, read the other way, would mix up the moments. Checkpoints are in parts, see ``parts.py``.
     """
 
-    def __init__(self, num_ranks: int) -> None:
+    def __init__(self, num_ranks: int, full: bool) -> None:
         super().__init__(data_parallel_size=num_ranks, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        self.full = full
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         assert self.model is not None
-        return gathered(self.model.state_dict())
+        return self.model.state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         optimizer = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
-        whole = optimizer.state_dict()
-        state = {number: gathered(values) for number, values in sorted(whole["state"].items())}
-        return {"state": state, "param_groups": whole["param_groups"]}
+        state = optimizer.state_dict()
+        return {"state": dict(sorted(state["state"].items())), "param_groups": state["param_groups"]}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """All ranks write their parts; then rank 0 the file that names them."""
+        path = Path(self.broadcast(filepath))
+        name = self.broadcast(unused_folder(path.parent, checkpoint["global_step"]) if self.is_global_zero else "")
+        (path.parent / name).mkdir(exist_ok=True)
+        rest, tensors = split(checkpoint)
+        try:
+            write_part(path.parent / name, tensors, self.global_rank, self.world_size, self.full)
+        except OSError:
+            shutil.rmtree(path.parent / name, ignore_errors=True)
+            raise
+        self.barrier()
+        parts = {"folder": name, "count": 1 if self.full else self.world_size}
+        if self.is_global_zero:
+            content = io.BytesIO()
+            torch.save({**rest, "parts": parts}, content)
+            path.write_bytes(content.getvalue())
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Each rank reads its share of the file (mapped into memory) into model and optimisers; returns the rest."""
+        """Each rank reads its share into model and optimisers; returns the rest."""
         path = Path(self.broadcast(checkpoint_path))
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        if "parts" not in checkpoint:  # one file of another strategy, mapped into memory
+            self._take(checkpoint, _share)
+            return checkpoint
+        with opened(path, checkpoint) as parts:
+            checkpoint = joined(checkpoint, {name: name for name in parts.holders})  # type: ignore[misc]
+            self._take(checkpoint, partial(_read_share, parts))
+        return checkpoint
+
+    def _take(self, checkpoint: dict[str, Any], share: Callable[[Any, Any], Any]) -> None:
+        """Load what ``share`` makes of each entry for the weight that it belongs to."""
         assert self.model is not None
         own = self.model.state_dict()
-        weights = checkpoint.pop("state_dict")
-        self.model.load_state_dict({name: _share(value, own.get(name)) for name, value in weights.items()}, strict=True)
+        weights = {name: share(value, own.get(name)) for name, value in checkpoint.pop("state_dict").items()}
+        self.model.load_state_dict(weights, strict=True)
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            owners = [p for group in optimizer.param_groups for p in group["params"]]
             state = {
-                number: {name: _share(value, weights[number]) for name, value in values.items()}
+                number: {name: share(value, owners[number]) for name, value in values.items()}
                 for number, values in saved["state"].items()
             }
             optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
-        return checkpoint
+
+
+def _read_share(parts: Parts, name: str, like: Any) -> Tensor:
+    """This rank's rows of a tensor in ``parts`` that belongs to the weight ``like``; anything else whole."""
+    if not isinstance(like, DTensor) or parts.shape(name) != tuple(like.shape):
+        return parts.whole(name)
+    rows = -(-like.shape[0] // like.device_mesh.size())  # as torch.chunk and FSDP2 divide
+    first = min(rows * like.device_mesh.get_local_rank(), like.shape[0])
+    mine = parts.rows(name, first, min(first + rows, like.shape[0])).to(like.device)
+    return DTensor.from_local(
+        mine, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
 
 
 def _share(whole: Any, like: Any) -> Any:

@@ -1,0 +1,60 @@
+"""Writing safetensors with one tensor in memory at a time: sharded ones are gathered when their turn comes."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+# In the order of the safetensors library, which puts the last ones first: files are the same to the byte.
+NAMES = {
+    torch.bool: "BOOL",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int32: "I32",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
+}
+
+
+def write_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``tensors`` to ``path`` and on to the disk. Where some are sharded all ranks call it, all but one with None."""
+    rank = {dtype: n for n, dtype in enumerate(NAMES)}
+    order = sorted(tensors, key=lambda name: (-rank[tensors[name].dtype], name))
+    if path is None:
+        for name in order:
+            _whole(tensors[name])
+        return
+    try:
+        with path.open("wb") as file:
+            file.write(_header({name: tensors[name] for name in order}))
+            for name in order:
+                data = _whole(tensors[name]).detach().cpu().contiguous().reshape(-1)
+                file.write(data.view(torch.uint8).numpy().data)
+                del data  # before the next one is gathered
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # writing alone does not name the file
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _header(tensors: Mapping[str, Tensor]) -> bytes:
+    """Its length in eight bytes, then names, types, shapes and places as JSON, padded with spaces to a multiple of eight."""
+    found, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        found[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
