@@ -9,7 +9,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig
 
-from unclip.errors import ConfigError, told_to_the_user
+from unclip.errors import ConfigError, DivergedError, told_to_the_user
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -105,12 +105,19 @@ def _kind(argv: list[str]) -> str:
 def _main(root: str, run: Callable[[DictConfig], Any]) -> None:
     """Compose ``conf/ROOT.yaml`` with the command line and run; errors for users end in one message and exit code 1."""
     sys.argv[1:] = [forced(argument) for argument in sys.argv[1:]]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=root)
     def command(raw: DictConfig) -> None:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
         with told_to_the_user():
-            run(raw)
+            try:
+                run(raw)
+            except DivergedError as error:
+                from unclip.cli.sweep import write_failure
+
+                if not write_failure(Path(raw.run), error):  # the other trials of a sweep go on
+                    raise
+                logging.getLogger(__name__).warning("%s: %s", raw.run, error)
 
     command()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from unclip.config import OnNonfinite, OptimConfig, TrainerConfig
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
-from unclip.errors import TrainingError
+from unclip.errors import DivergedError
 from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer, no_optimizer, perturbed
 from unclip.stages.sharded import average_scalars, shard
 
@@ -151,9 +151,9 @@ class Stage(pl.LightningModule):
         self._clock = now
 
     def check_finite(self) -> None:
-        """Raise TrainingError if a step since the last check had a loss or gradient that is not finite; one host sync."""
+        """Raise DivergedError if a step since the last check had a loss or gradient that is not finite; one host sync."""
         if self._any_nonfinite():
-            raise TrainingError(
+            raise DivergedError(
                 f"the loss or its gradient is not finite; step and keys of its samples are in {self._nonfinite}. The last "
                 "checkpoint, if any, is older and whole. Look at the samples; leave such steps out with "
                 "trainer.on_nonfinite=skip, or start another run with a lower optim.lr or trainer.precision=fp32"
