@@ -14,6 +14,7 @@ LAYERS = [
     {"models", "config", "artifact"},
     {"data", "evaluation"},
     {"stages", "interop"},
+    {"wandb_files", "loggers", "checkpoint", "watch"},
     {"callbacks", "optim", "run_lock", "pipeline"},
     {"train"},
     {"cli"},
@@ -22,7 +23,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 RANK |= {"optim": 1}  # used by the stages, uses the configuration only
 TYPES_ONLY = {("models", "data")}  # models name the batch they are given
 PURE = {"diffusion", "nets"}
-LIGHTNING = {"stages", "train", "callbacks"}
+LIGHTNING = {"stages", "train", "callbacks", "checkpoint", "loggers", "watch"}
 FILES = sorted(p for p in ROOT.rglob("*.py") if "conf" not in p.relative_to(ROOT).parts)
 
 

@@ -149,7 +149,7 @@ def test_a_grid_over_a_trained_priors_sampling(root: Path, call: Callable[..., s
     ("given", "message"),
     [
         (["optim.lrr=1e-3,1e-2"], "unknown option 'optim.lrr'; did you mean 'lr'?"),
-        (["hydra.sweeper.params.optim.lr=3"], "nothing varies in this sweep"),
+        ([], "nothing varies in this sweep"),
         (["optim.lr=interval(0.1,1)"], "an interval, which only a sweep by Optuna can search; list its values"),
     ],
 )

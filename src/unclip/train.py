@@ -11,13 +11,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from unclip import artifact
-from unclip.callbacks import Checkpoint, JsonlLogger, Metrics, ProgressBar, SampleSheet, StopOnLimitOrSignal
-from unclip.config import LoggerConfig, LoggerName, OptimConfig, Precision, TrainerConfig, identity, to_plain
+from unclip.callbacks import ProgressBar, SampleSheet, StopOnLimitOrSignal
+from unclip.checkpoint import Checkpoint
+from unclip.config import LoggerConfig, OptimConfig, Precision, TrainerConfig, identity, to_plain
 from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.errors import ConfigError
+from unclip.loggers import MlflowRun, WandbRun, make_loggers
 from unclip.models import CLIPConfig, DecoderConfig, ModelConfig, UpsamplerConfig, build, name_of
 from unclip.models.interface import PriorConfig
 from unclip.run_lock import RunLock
@@ -27,6 +28,7 @@ from unclip.stages.decoder import DecoderStage
 from unclip.stages.prior import PriorStage
 from unclip.stages.sharded import Sharded, gathered
 from unclip.stages.upsampler import UpsamplerStage
+from unclip.watch import Metrics, Watchdog
 
 log = logging.getLogger(__name__)
 for _name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):  # they raise their own level when imported
@@ -115,12 +117,18 @@ def train(cfg: TrainConfig) -> Path:
         _write_settings(run, cfg)  # from here on the folder is this run's
         stage = stage_class(model, cfg.trainer, cfg.optim, cfg.seed)
         data.set_start(start)
-        trainer = _trainer(cfg, run, start, title=f"{kind} in {run}")
+        trainer = _trainer(cfg, run, start, data, title=f"{kind} in {run}")
         size = artifact.describe(stage.model)
         log.info("%s: %.1f M parameters, from step %d", kind, size["trainable"] / 1e6, start)
-        trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
-        _stop_if_interrupted(trainer, run)
-        return _finish(trainer, stage, data, cfg, kind)
+        try:
+            trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+            _stop_if_interrupted(trainer, run)
+            folder = _finish(trainer, stage, data, cfg, kind)
+        except BaseException:
+            _close(trainer, code=1)
+            raise
+        _close(trainer, code=0)
+        return folder
 
 
 def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, UnclipData]:
@@ -140,7 +148,7 @@ def _model_config(cfg: TrainConfig) -> ModelConfig:
     return cfg.model  # type: ignore[attr-defined]
 
 
-def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
+def _trainer(cfg: TrainConfig, run: Path, start: int, data: UnclipData, title: str) -> pl.Trainer:
     """A model without weights to train is only validated, on one device."""
     trains = _model_config(cfg).trains
     checkpoint = Checkpoint(run / "checkpoints" / "last.ckpt")
@@ -150,7 +158,11 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
         StopOnLimitOrSignal(checkpoint),
         checkpoint,
         ProgressBar(title),
+        Watchdog(run),
     ]
+    lineage = {"data": data.fingerprint, "clip": data.interface.clip}
+    group = run.resolve().parent.name if (run / "trial.json").exists() else None
+    loggers = make_loggers(cfg.logger, run, start, {**to_plain(cfg), "lineage": lineage}, group)
     return pl.Trainer(
         default_root_dir=run,
         accelerator=cfg.trainer.accelerator,
@@ -165,7 +177,8 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=cfg.trainer.log_every,
         callbacks=callbacks,
-        logger=_loggers(cfg, run, start),
+        logger=loggers,
+        plugins=[checkpoint.writer],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -178,16 +191,10 @@ def _strategy(cfg: TrainerConfig) -> str | Sharded:
     return Sharded(cfg.devices * cfg.num_nodes) if cfg.strategy == "fsdp2" else cfg.strategy
 
 
-def _loggers(cfg: TrainConfig, run: Path, start: int) -> list[Logger]:
-    loggers: list[Logger] = [JsonlLogger(run / "metrics.jsonl", start)]
-    if cfg.logger.name is LoggerName.tensorboard:
-        loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=start + 1))
-    if cfg.logger.name is LoggerName.wandb:
-        name = run.resolve().name
-        wandb = WandbLogger(name=name, project=cfg.logger.project, save_dir=run, offline=cfg.logger.offline)
-        wandb.experiment.config.update(to_plain(cfg), allow_val_change=True)
-        loggers.append(wandb)
-    return loggers
+def _close(trainer: pl.Trainer, code: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbRun):
+            logger.close(code)
 
 
 def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfig, kind: str) -> Path:
@@ -221,7 +228,10 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
         )
         weights = gathered(stage.model.state_dict())
         if trainer.is_global_zero:
-            artifact.save(run, weights, manifest)
+            folder = artifact.save(run, weights, manifest)
+            for logger in trainer.loggers:
+                if isinstance(logger, (WandbRun, MlflowRun)):
+                    logger.log_lineage(manifest, folder)
     trainer.strategy.barrier()
     log.info("%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
     return artifact.locate(run)
