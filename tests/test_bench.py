@@ -15,6 +15,7 @@ SCRIPTS = {path.stem for path in BENCH.glob("*.py") if MAIN in path.read_text()}
 RATIOS = {
     "embed": {"embed_vs_bare", "embed_vs_bare_torch_threads"},
     "loader": {"rows_vs_take", "rows_per_s", "take_per_s", "reader_per_s"},
+    "training_loop": {"loop_vs_bare", "two_ranks_vs_one", "checkpoint_stall_share", "checkpoint_write_share"},
     "loader_pictures": {"pictures_vs_decode_only", "unresized", "pictures_per_s"},
 }
 

@@ -3,17 +3,13 @@
 import csv
 import json
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from prior_data import make_pairs
-from tests_support import TINY, command, environment
+from tests_support import TINY, kill_beyond
 
 from unclip.artifact import read_manifest
 from unclip.cli import train as commands
@@ -51,30 +47,13 @@ def call(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     return run
 
 
-def kill_in_trial(number: int, given: list[str], sweep: Path, cwd: Path) -> int:
-    """Start a sweep and kill it in the middle of a trial; the step of the checkpoint that it leaves there."""
-    checkpoint = sweep / str(number) / "checkpoints" / "last.ckpt"
-    with subprocess.Popen(
-        [command(given[0]), *given[1:]], cwd=cwd, env=environment(), stderr=subprocess.PIPE
-    ) as process:
-        deadline = time.monotonic() + 150
-        while time.monotonic() < deadline and process.poll() is None:
-            if checkpoint.exists() and (step := torch.load(checkpoint, weights_only=True)["global_step"]) > 2:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                return step
-            time.sleep(0.01)
-        process.kill()
-        raise AssertionError(f"trial {number} never had a checkpoint:\n{process.stderr.read().decode()[-3000:]}")  # type: ignore[union-attr]
-
-
 def test_a_killed_sweep_goes_on_where_it_was(root: Path, call: Callable[..., str]):
     import optuna
     from optuna.storages.journal import JournalFileBackend, JournalStorage
 
     sweep = root / "optuna"
     given = ["sweep=prior_lr_dropout", "run=optuna", *GIVEN, f"trainer.max_steps={STEPS}", "hydra.sweeper.num_trials=3"]
-    killed_at = kill_in_trial(1, ["train-prior", *given], sweep, root)
+    killed_at = kill_beyond(2, sweep / "1/checkpoints/last.ckpt", ["train-prior", *given], root)
     assert 2 < killed_at < STEPS
     assert not (sweep / "1/artifact").exists()
     before = [trial.own for trial in trials(sweep)]

@@ -131,7 +131,7 @@ class WandbRun(WandbLogger):
     def __init__(
         self, cfg: LoggerConfig, run: Path, jsonl: JsonlLogger, settings: dict[str, Any], group: str | None
     ) -> None:
-        self.is_offline = _is_offline(cfg)
+        self.is_offline = is_offline(cfg)
         place = {"project": cfg.project, "save_dir": run, "group": group}
         more = {"mode": "offline"} if self.is_offline else {}
         super().__init__(name=run.resolve().name, id=_id(run / "wandb-id.txt"), **place, **more)
@@ -178,7 +178,7 @@ def _id(path: Path) -> str:
     return path.read_text().strip()
 
 
-def _is_offline(cfg: LoggerConfig) -> bool:
+def is_offline(cfg: LoggerConfig) -> bool:
     if os.environ.get("WANDB_MODE") in ("offline", "dryrun") or cfg.offline is not None:
         return bool(cfg.offline is None or cfg.offline)
     if reachable(wandb_url()):

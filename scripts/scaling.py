@@ -1,0 +1,229 @@
+"""The paper's recipe on 64, 256 and 1,024 H100s: the tables of docs/scaling.md. usage: python scripts/scaling.py
+
+Parameters, FLOPs and memory of a step are what `unclip plan` counts (docs/scaling.md names the commands); the rest is computed
+here, and simulated where a formula would be a guess. Nothing here was run on such a machine.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+GPUS = (64, 256, 1024)
+PEAK = 989e12  # FLOP/s of an H100 SXM in bfloat16, dense
+HBM = 80.0  # GB
+NODE = 8
+NIC = 50e9  # bytes/s a GPU has between nodes: 400 Gbit/s
+RING = 0.7  # share of it that an all-reduce reaches
+GATHER = 5e9  # bytes/s at which rank 0 gathers the state into main memory
+WRITE = 1e9  # bytes/s at which one thread writes a checkpoint
+HOURS_PER_FAILURE = 16_384 * 54 * 24 / 419  # GPU-hours: Llama 3 405B, 419 unexpected interruptions in 54 days
+RESTART = 600.0  # seconds from a failure to the next step: requeue, imports, reading the checkpoint
+DAY = 86_400.0
+
+
+@dataclass
+class Stage:
+    """``flop`` of a sample (forward and backward), ``activations`` in GB a sample, ``bytes`` a sample as stored, and
+    ``decode`` in core-seconds a sample."""
+
+    name: str
+    parameters: float
+    flop: float
+    batch: int
+    steps: int
+    mfu: float
+    activations: float
+    bytes: float
+    decode: float
+    largest: int  # GPUs at most: below one sample each there is nothing to share out
+
+
+STAGES = (
+    Stage("CLIP ViT-H/16", 0.99e9, 1.99e12, 32_768, 634_765, 0.40, 0.20, 40e3, 2.5e-3, 1024),
+    Stage("diffusion prior", 1.22e9, 1.9e12, 4_096, 600_000, 0.40, 0.1, 5.2e3, 0.0, 1024),
+    Stage("decoder, 64 px", 3.6e9, 6.0e12, 2_048, 800_000, 0.35, 0.6, 40e3, 2.5e-3, 1024),
+    Stage("64 to 256 px", 0.73e9, 3.0e12, 1_024, 1_000_000, 0.30, 0.5, 40e3, 2.5e-3, 1024),
+    Stage("256 to 1024 px", 0.28e9, 3.0e12, 512, 1_000_000, 0.30, 0.8, 500e3, 20e-3, 512),
+)
+
+
+def step_seconds(stage: Stage, gpus: int) -> tuple[float, float]:
+    """Seconds of computing, and of moving gradients between nodes (ring all-reduce in float32, each node's share of it)."""
+    computing = stage.flop * stage.batch / (gpus * PEAK * stage.mfu)
+    nodes = max(1, gpus // NODE)
+    volume = 2 * (nodes - 1) / nodes * 4 * stage.parameters / NODE  # NVLink reduces within a node first
+    return computing, volume / (NIC * RING)
+
+
+def state_gb(stage: Stage) -> float:
+    """Weights, two moments and their average in float32."""
+    return 16 * stage.parameters / 1e9
+
+
+def memory_gb(stage: Stage, gpus: int, sharded: bool) -> float:
+    """Per GPU: state and gradients, whole or sharded, and the activations of its samples."""
+    state = 20 * stage.parameters / 1e9
+    gathered = 0.1 * state  # two blocks in bfloat16, one block's gradient, and what is in no block
+    return (state / gpus + gathered if sharded else state * 1.2) + stage.activations * stage.batch / gpus
+
+
+def mean_time_between_failures(gpus: int) -> float:
+    """Seconds."""
+    return HOURS_PER_FAILURE / gpus * 3600
+
+
+def best_interval(stall: float, mtbf: float) -> float:
+    """Seconds of training between two checkpoints that cost ``stall`` each (Young 1974; Daly 2006, eq. 37)."""
+    if stall >= 2 * mtbf:
+        return mtbf
+    ratio = stall / (2 * mtbf)
+    return math.sqrt(2 * stall * mtbf) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall
+
+
+def lost_share(interval: float, stall: float, write: float, mtbf: float) -> float:
+    """Of the time: stalls, what is computed again (half an interval and the write that was under way), restarts."""
+    return stall / (interval + stall) + (interval / 2 + write + RESTART) / mtbf
+
+
+def simulate_failures(
+    interval: float, stall: float, write: float, mtbf: float, work: float, seed: int = 0
+) -> tuple[float, int]:
+    """Share of the time lost, and the failures, in a run of ``work`` seconds of pure training.
+
+    A checkpoint stands ``write`` seconds after its copy; a failure goes back to the last one that stood. Failures come at
+    random, also while the run is restarting.
+    """
+    rng = np.random.default_rng(seed)
+    clock, done, failures = 0.0, 0.0, 0
+    stood, pending = 0.0, (math.inf, 0.0)  # work that is safe; when the newer checkpoint stands, and how much it holds
+    failure = rng.exponential(mtbf)
+    while done < work:
+        part = min(interval, work - done)
+        end = clock + part + stall
+        if failure < end:
+            if pending[0] <= failure:
+                stood = pending[1]
+            clock, done, pending, failures = failure + RESTART, stood, (math.inf, 0.0), failures + 1
+            failure += rng.exponential(mtbf)
+            while failure < clock:
+                clock, failures = failure + RESTART, failures + 1
+                failure += rng.exponential(mtbf)
+            continue
+        if pending[0] <= end:
+            stood = pending[1]
+        clock, done = end, done + part
+        pending = (clock + write, done)
+    return 1 - work / clock, failures
+
+
+def simulate_loader(
+    ranks: int, workers: int, batch_seconds: float, step: float, steps: int = 300, spread: float = 0.2, seed: int = 0
+) -> float:
+    """Share of the time that the ranks together wait for batches, each made by one of ``workers`` in ``batch_seconds`` of a core.
+
+    Times are log-normal with deviation ``spread``; one batch in 200 takes five times as long (a slow read). Each worker is at
+    most two batches ahead. The ranks take every step together, so that the slowest one's batch sets the time.
+    """
+    rng = np.random.default_rng(seed)
+    free = np.zeros((ranks, workers))  # when each worker can begin its next batch
+    taken: list[float] = []  # when each step began
+    clock = 0.0
+    for number in range(steps):
+        worker = number % workers
+        ahead = number - 2 * workers  # the batch whose being taken made room for this one
+        begin = np.maximum(free[:, worker], taken[ahead] if ahead >= 0 else 0.0)
+        spent = batch_seconds * rng.lognormal(-(spread**2) / 2, spread, ranks)
+        spent[rng.random(ranks) < 1 / 200] *= 5
+        free[:, worker] = begin + spent
+        clock = max(clock, float(free[:, worker].max()))
+        taken.append(clock)
+        clock += step
+    first = steps // 3  # until then the queues fill
+    return max(0.0, 1 - (steps - first) * step / (clock - taken[first]))
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
+
+
+def days_table() -> list[str]:
+    rows = []
+    for stage in STAGES:
+        row = [stage.name, f"{stage.parameters / 1e9:.2f} B", f"{stage.flop * stage.batch * stage.steps:.1e}"]
+        for gpus in GPUS:
+            used = min(gpus, stage.largest)
+            computing, moving = step_seconds(stage, used)
+            step = max(computing, moving)  # overlapped with the backward pass
+            note = f" (on {used})" if used < gpus else ""
+            row.append(f"{step * stage.steps / DAY:.1f}{note}; {step:.2f} s, {moving / computing:.0%}")
+        rows.append(row)
+    return table(["stage", "parameters", "FLOP", *(f"{g} GPUs: days; step, network" for g in GPUS)], rows)
+
+
+def memory_table() -> list[str]:
+    rows = []
+    for stage in STAGES:
+        row = [stage.name, f"{state_gb(stage):.0f} GB"]
+        for gpus in GPUS:
+            used = min(gpus, stage.largest)
+            whole, shared = memory_gb(stage, used, sharded=False), memory_gb(stage, used, sharded=True)
+            choice = "ddp" if whole < 0.9 * HBM else "fsdp2"
+            row.append(f"{stage.batch / used:g}; {whole:.0f} / {shared:.0f} GB: {choice}")
+        rows.append(row)
+    return table(["stage", "state", *(f"{g} GPUs: samples a GPU; ddp / fsdp2" for g in GPUS)], rows)
+
+
+def failure_table() -> list[str]:
+    stage = STAGES[2]  # the largest state
+    stall, write = state_gb(stage) * 1e9 / GATHER, state_gb(stage) * 1e9 / WRITE
+    rows = []
+    for gpus in GPUS:
+        mtbf = mean_time_between_failures(gpus)
+        interval = best_interval(stall, mtbf)
+        step = max(step_seconds(stage, gpus))
+        work = step * stage.steps
+        runs = [simulate_failures(interval, stall, write, mtbf, work, seed) for seed in range(20)]
+        rows.append(
+            [
+                f"{gpus}", f"{mtbf / DAY:.1f} days", f"{work / mtbf:.1f}", f"{interval / 60:.0f} min = {interval / step:,.0f} steps",
+                f"{lost_share(interval, stall, write, mtbf):.2%}",
+                f"{np.mean([share for share, _ in runs]):.2%} ({np.mean([n for _, n in runs]):.1f} failures)",
+                f"{lost_share(1000 * step, stall, write, mtbf):.2%}",
+            ]
+        )  # fmt: skip
+    head = [
+        "GPUs",
+        "time between failures",
+        "failures in the decoder's run",
+        "best interval",
+        "lost (formula)",
+        "lost (simulated)",
+    ]
+    return table([*head, "lost at every 1,000 steps"], rows)
+
+
+def loader_table() -> list[str]:
+    rows = []
+    for stage in STAGES:
+        if not stage.decode:
+            continue
+        for gpus in GPUS:
+            used = min(gpus, stage.largest)
+            step, samples = max(step_seconds(stage, used)), stage.batch // used
+            cores = samples * stage.decode / step
+            waits = [f"{simulate_loader(used, w, samples * stage.decode, step):.1%}" for w in (1, 2, 4, 8)]
+            rate = stage.bytes * stage.batch / step / 1e9
+            rows.append([stage.name, f"{used}", f"{cores:.2f}", *waits, f"{rate:.2f} GB/s"])
+    return table(["stage", "GPUs", "cores a GPU", *(f"wait, {w} workers" for w in (1, 2, 4, 8)), "read in all"], rows)
+
+
+def main() -> None:
+    for title, lines in (
+        ("days", days_table()), ("memory", memory_table()), ("failures", failure_table()), ("loader", loader_table())
+    ):  # fmt: skip
+        print(f"<!-- {title} -->", *lines, "", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
