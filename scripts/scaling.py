@@ -118,14 +118,14 @@ def simulate_failures(
 
 
 def simulate_loader(
-    ranks: int, workers: int, batch_seconds: float, step: float, steps: int = 300, spread: float = 0.2, seed: int = 0
+    ranks: int, workers: int, batch_seconds: float, step: float, spread: float = 0.2, slow: float = 0.005, seed: int = 0
 ) -> float:
     """Share of the time that the ranks together wait for batches, each made by one of ``workers`` in ``batch_seconds`` of a core.
 
-    Times are log-normal with deviation ``spread``; one batch in 200 takes five times as long (a slow read). Each worker is at
+    Times are log-normal with deviation ``spread``; a share ``slow`` of them is five times as long (a slow read). Each worker is at
     most two batches ahead. The ranks take every step together, so that the slowest one's batch sets the time.
     """
-    rng = np.random.default_rng(seed)
+    steps, rng = 300, np.random.default_rng(seed)
     free = np.zeros((ranks, workers))  # when each worker can begin its next batch
     taken: list[float] = []  # when each step began
     clock = 0.0
@@ -134,7 +134,7 @@ def simulate_loader(
         ahead = number - 2 * workers  # the batch whose being taken made room for this one
         begin = np.maximum(free[:, worker], taken[ahead] if ahead >= 0 else 0.0)
         spent = batch_seconds * rng.lognormal(-(spread**2) / 2, spread, ranks)
-        spent[rng.random(ranks) < 1 / 200] *= 5
+        spent[rng.random(ranks) < slow] *= 5
         free[:, worker] = begin + spent
         clock = max(clock, float(free[:, worker].max()))
         taken.append(clock)
@@ -186,7 +186,8 @@ def failure_table() -> list[str]:
         runs = [simulate_failures(interval, stall, write, mtbf, work, seed) for seed in range(20)]
         rows.append(
             [
-                f"{gpus}", f"{mtbf / DAY:.1f} days", f"{work / mtbf:.1f}", f"{interval / 60:.0f} min = {interval / step:,.0f} steps",
+                f"{gpus}", f"{mtbf / DAY:.1f} days", f"{work / mtbf:.1f}",
+                f"{interval / 60:.0f} min = {interval / step:,.0f} steps",
                 f"{lost_share(interval, stall, write, mtbf):.2%}",
                 f"{np.mean([share for share, _ in runs]):.2%} ({np.mean([n for _, n in runs]):.1f} failures)",
                 f"{lost_share(1000 * step, stall, write, mtbf):.2%}",

@@ -114,6 +114,7 @@ def test_sync_prints_what_is_needed_without_a_route(
     killed_twice: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     assert sync_run(killed_twice) is False
     said = capsys.readouterr().out
     assert "http://127.0.0.1:9 cannot be reached" in said
@@ -127,6 +128,7 @@ def test_sync_prints_what_is_needed_without_a_route(
 def test_wandb_stays_offline_where_there_is_no_route(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     with caplog.at_level("INFO"):
         assert is_offline(LoggerConfig(LoggerName.wandb))
     assert "cannot be reached, so wandb stays offline; `unclip sync RUN`" in caplog.text

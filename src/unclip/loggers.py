@@ -193,8 +193,9 @@ def wandb_url() -> str:
 
 def reachable(url: str, seconds: float = 3.0) -> bool:
     """Whether something listens there, or at the proxy on the way to it."""
-    scheme = urllib.parse.urlsplit(url).scheme
-    way = urllib.parse.urlsplit(urllib.request.getproxies().get(scheme, url))
+    way = urllib.parse.urlsplit(url)
+    if not urllib.request.proxy_bypass(way.hostname or ""):
+        way = urllib.parse.urlsplit(urllib.request.getproxies().get(way.scheme, url))
     try:
         with socket.create_connection((way.hostname or "", way.port or (80 if way.scheme == "http" else 443)), seconds):
             return True

@@ -17,7 +17,7 @@ BLOCK, HEADER, STEP = 32768, 7, "trainer/global_step"
 
 def folders(run: Path) -> list[Path]:
     """The offline folders of a run, oldest first."""
-    return sorted(run.glob("wandb/offline-run-*"))
+    return sorted(path.parent for path in run.glob("wandb/offline-run-*/run-*.wandb"))
 
 
 def history(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
