@@ -1,7 +1,7 @@
 """The paper's recipe on 64, 256 and 1,024 H100s: the tables of docs/scaling.md. usage: python scripts/scaling.py
 
-Parameters, FLOPs and memory of a step are what `unclip plan` counts (docs/scaling.md names the commands); the rest is computed
-here, and simulated where a formula would be a guess. Nothing here was run on such a machine.
+Parameters and FLOPs are counted from the layers of the shipped experiments; the rest is computed from the constants below, and
+simulated where a formula would be a guess. Nothing here was run on such a machine.
 """
 
 import math
@@ -23,29 +23,124 @@ DAY = 86_400.0
 
 
 @dataclass
+class Net:
+    """``parameters``, ``forward`` FLOPs of a sample, and ``activations``: bytes of a sample that gradient checkpointing keeps in
+    bfloat16 (each block's input, and the inside of the largest block)."""
+
+    parameters: float = 0.0
+    forward: float = 0.0
+    activations: float = 0.0
+
+    def __add__(self, other: "Net") -> "Net":
+        return Net(
+            self.parameters + other.parameters, self.forward + other.forward, self.activations + other.activations
+        )
+
+
+def transformer(width: int, depth: int, tokens: int, vocabulary: int = 0) -> Net:
+    weights = 12 * width**2 * depth
+    kept = 2 * tokens * width * (depth + 34)  # inside of a block: about 34 bytes a token and channel, halved (bfloat16)
+    return Net(weights + vocabulary * width, 2 * weights * tokens + 4 * tokens**2 * width * depth, kept)
+
+
+def unet(
+    channels: list[int], blocks: int, side: int, attention: tuple[int, ...] = (), context: tuple[int, int] = (0, 0),
+    scale_shift: bool = True, inputs: int = 3,
+) -> Net:  # fmt: skip
+    """ADM's U-Net as in src/unclip/nets/unet.py; ``context`` is the number of context tokens and their width."""
+    time, found, largest = 4 * channels[0], Net(), 0.0
+
+    def resnet(before: int, after: int, side: int) -> None:
+        nonlocal found, largest
+        kernels = 9 * before * after + 9 * after**2 + (before * after if before != after else 0)
+        extra = time * after * (2 if scale_shift else 1)
+        found += Net(kernels + extra, 2 * kernels * side**2 + 2 * extra, 2 * before * side**2)
+        largest = max(largest, 2 * (2 * before + 4 * after) * side**2)
+
+    def attend(width: int, side: int) -> None:
+        nonlocal found
+        tokens, (count, dim) = side**2, context
+        weights = 4 * width**2 + 2 * dim * width
+        products = 2 * 4 * width**2 * tokens + 2 * 2 * dim * width * count + 4 * tokens * (tokens + count) * width
+        found += Net(weights, products, 2 * width * tokens)
+
+    found += Net(9 * inputs * channels[0], 2 * 9 * inputs * channels[0] * side**2, 2 * channels[0] * side**2)
+    found += Net(channels[0] * time + time**2)
+    skips, current, sides = [channels[0]], channels[0], [side // 2**level for level in range(len(channels))]
+    for level, width in enumerate(channels):
+        for _ in range(blocks):
+            resnet(current, width, sides[level])
+            current = width
+            if level in attention:
+                attend(width, sides[level])
+            skips.append(width)
+        if level < len(channels) - 1:
+            resnet(width, width, sides[level + 1])
+            skips.append(width)
+    for _ in range(2):
+        resnet(current, current, sides[-1])
+    if attention:
+        attend(current, sides[-1])
+    for level in reversed(range(len(channels))):
+        for _ in range(blocks + 1):
+            resnet(current + skips.pop(), channels[level], sides[level])
+            current = channels[level]
+            if level in attention:
+                attend(current, sides[level])
+        if level:
+            resnet(current, current, sides[level - 1])
+    return found + Net(9 * channels[0] * 6, 2 * 9 * channels[0] * 6 * side**2, largest)
+
+
+@dataclass
 class Stage:
-    """``flop`` of a sample (forward and backward), ``activations`` in GB a sample, ``bytes`` a sample as stored, and
-    ``decode`` in core-seconds a sample."""
+    """``passes``: forward passes that a step's arithmetic is worth, 3 with the backward pass, 6 with SAM. ``bytes`` a sample as
+    stored, and ``decode`` in core-seconds a sample. ``mfu`` is the share of the peak that these FLOPs reach; what gradient
+    checkpointing computes again is not counted, so the share includes it."""
 
     name: str
-    parameters: float
-    flop: float
+    net: Net
     batch: int
     steps: int
     mfu: float
-    activations: float
     bytes: float
     decode: float
-    largest: int  # GPUs at most: below one sample each there is nothing to share out
+    passes: int = 3
+
+    @property
+    def flop(self) -> float:
+        return self.passes * self.net.forward
+
+    @property
+    def parameters(self) -> float:
+        return self.net.parameters
+
+    @property
+    def largest(self) -> int:
+        """GPUs at most: below one sample each there is nothing to share out."""
+        return min(max(GPUS), self.batch)
 
 
+CLIP = transformer(1280, 32, 257) + transformer(1024, 24, 77, vocabulary=49_408)
+PRIOR = transformer(2048, 24, 260, vocabulary=49_408)
+DECODER = unet([512, 1024, 1536, 2048], 3, 64, attention=(1, 2, 3), context=(260, 2048))
+CAPTIONS = transformer(2048, 24, 256, vocabulary=49_408)
+UP_256 = unet([320, 640, 960, 1280], 3, 64, inputs=6)
+UP_1024 = unet([192, 192, 384, 384, 768, 768], 2, 256, inputs=6)
 STAGES = (
-    Stage("CLIP ViT-H/16", 0.99e9, 1.99e12, 32_768, 634_765, 0.40, 0.20, 40e3, 2.5e-3, 1024),
-    Stage("diffusion prior", 1.22e9, 1.9e12, 4_096, 600_000, 0.40, 0.1, 5.2e3, 0.0, 1024),
-    Stage("decoder, 64 px", 3.6e9, 6.0e12, 2_048, 800_000, 0.35, 0.6, 40e3, 2.5e-3, 1024),
-    Stage("64 to 256 px", 0.73e9, 3.0e12, 1_024, 1_000_000, 0.30, 0.5, 40e3, 2.5e-3, 1024),
-    Stage("256 to 1024 px", 0.28e9, 3.0e12, 512, 1_000_000, 0.30, 0.8, 500e3, 20e-3, 512),
+    Stage("CLIP ViT-H/16", CLIP, 32_768, 634_765, 0.35, 40e3, 2.5e-3, passes=6),
+    Stage("diffusion prior", PRIOR, 4_096, 600_000, 0.35, 5.2e3, 0.0),
+    Stage("decoder, 64 px", DECODER + CAPTIONS, 2_048, 800_000, 0.30, 40e3, 2.5e-3),
+    Stage("64 to 256 px", UP_256, 1_024, 1_000_000, 0.25, 40e3, 2.5e-3),
+    Stage("256 to 1024 px", UP_1024, 512, 1_000_000, 0.25, 500e3, 20e-3),
 )
+
+SHARES = {
+    "diffusion prior": 1 / 4,
+    "decoder, 64 px": 1 / 2,
+    "64 to 256 px": 1 / 8,
+    "256 to 1024 px": 1 / 8,
+}  # of a cluster
 
 
 def step_seconds(stage: Stage, gpus: int) -> tuple[float, float]:
@@ -54,6 +149,11 @@ def step_seconds(stage: Stage, gpus: int) -> tuple[float, float]:
     nodes = max(1, gpus // NODE)
     volume = 2 * (nodes - 1) / nodes * 4 * stage.parameters / NODE  # NVLink reduces within a node first
     return computing, volume / (NIC * RING)
+
+
+def days(stage: Stage, gpus: int) -> float:
+    """Of pure training, on as many of ``gpus`` as the batch can use; gradients move during the backward pass."""
+    return max(step_seconds(stage, min(gpus, stage.largest))) * stage.steps / DAY
 
 
 def state_gb(stage: Stage) -> float:
@@ -65,7 +165,7 @@ def memory_gb(stage: Stage, gpus: int, sharded: bool) -> float:
     """Per GPU: state and gradients, whole or sharded, and the activations of its samples."""
     state = 20 * stage.parameters / 1e9
     gathered = 0.1 * state  # two blocks in bfloat16, one block's gradient, and what is in no block
-    return (state / gpus + gathered if sharded else state * 1.2) + stage.activations * stage.batch / gpus
+    return (state / gpus + gathered if sharded else state * 1.2) + stage.net.activations / 1e9 * stage.batch / gpus
 
 
 def mean_time_between_failures(gpus: int) -> float:
@@ -154,10 +254,13 @@ def days_table() -> list[str]:
         for gpus in GPUS:
             used = min(gpus, stage.largest)
             computing, moving = step_seconds(stage, used)
-            step = max(computing, moving)  # overlapped with the backward pass
             note = f" (on {used})" if used < gpus else ""
-            row.append(f"{step * stage.steps / DAY:.1f}{note}; {step:.2f} s, {moving / computing:.0%}")
+            row.append(f"{days(stage, gpus):.1f}{note}; {max(computing, moving):.2f} s, {moving / computing:.0%}")
         rows.append(row)
+    in_turn = [sum(days(stage, gpus) for stage in STAGES) for gpus in GPUS]
+    shared = [days(STAGES[0], gpus) + max(days(s, int(gpus * SHARES[s.name])) for s in STAGES[1:]) for gpus in GPUS]
+    for name, values in (("all in turn", in_turn), ("CLIP, then the others side by side", shared)):
+        rows.append([name, "", "", *(f"{value:.1f}" for value in values)])
     return table(["stage", "parameters", "FLOP", *(f"{g} GPUs: days; step, network" for g in GPUS)], rows)
 
 

@@ -22,6 +22,15 @@ def scaling() -> Any:
     return module
 
 
+def test_the_counted_parameters_are_those_of_the_papers_table_and_of_our_nets(scaling: Any):
+    assert scaling.UP_256.parameters == pytest.approx(730e6, rel=0.01), "what the net itself has"
+    assert scaling.UP_1024.parameters == pytest.approx(282e6, rel=0.01)
+    paper = {"diffusion prior": 1.2e9, "decoder, 64 px": 3.5e9, "64 to 256 px": 0.7e9, "256 to 1024 px": 0.3e9}
+    for stage in scaling.STAGES[1:]:
+        assert stage.parameters == pytest.approx(paper[stage.name], rel=0.12)
+    assert scaling.transformer(8, 2, 1).forward == 2 * 12 * 64 * 2 + 4 * 8 * 2
+
+
 def test_the_interval_is_young_s_for_a_small_stall_and_never_above_the_time_between_failures(scaling: Any):
     assert scaling.best_interval(1.0, 1e6) == pytest.approx(math.sqrt(2e6), rel=2e-3)
     assert scaling.best_interval(50.0, 10.0) == 10.0

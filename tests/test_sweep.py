@@ -15,7 +15,7 @@ from unclip.artifact import read_manifest
 from unclip.cli import train as commands
 from unclip.cli.sweep import Trial, ready_command, trials
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(900)
 GIVEN = ["data.path=data", "data.embeddings=embeddings", "logger=none", *TINY["prior"]]
 STEPS = 30
 

@@ -78,7 +78,7 @@ def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_the_offline_folders_of_a_run_killed_twice_hold_every_step_once(killed_twice: Path):
     paths = sorted(killed_twice.glob("wandb/offline-run-*/run-*.wandb"))
     assert len(paths) == 3

@@ -80,7 +80,7 @@ def kill_beyond(step: int, checkpoint: Path, arguments: list[str], cwd: Path) ->
     with subprocess.Popen(
         [command(arguments[0]), *arguments[1:]], cwd=cwd, env=environment(), stderr=subprocess.PIPE
     ) as process:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 400
         while time.monotonic() < deadline and process.poll() is None:
             if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["global_step"] > step:
                 process.send_signal(signal.SIGKILL)
