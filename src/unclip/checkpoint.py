@@ -15,6 +15,8 @@ from torch import Tensor
 from unclip.errors import TrainingError
 from unclip.stages.base import Stage
 
+FROM_TORCH = ("PytorchStreamWriter", "inline_container")  # how torch says that a file could not be written
+
 
 class Writer(TorchCheckpointIO):
     """Writes one checkpoint at a time in a thread, to a draft that replaces the old file once it is on disk.
@@ -35,11 +37,8 @@ class Writer(TorchCheckpointIO):
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
         draft = path.with_suffix(".tmp")
         try:
-            with draft.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
+            torch.save(checkpoint, draft)  # to a path: that writes without holding up other threads
+            move_whole(draft, path)
         except BaseException as error:  # noqa: BLE001  raised by check()
             draft.unlink(missing_ok=True)
             self._error = error
@@ -56,6 +55,13 @@ class Writer(TorchCheckpointIO):
             self._thread.join()
             self._thread = None
         self.check()
+
+
+def move_whole(draft: Path, path: Path) -> None:
+    """Replace ``path`` by ``draft`` once that is on disk."""
+    with draft.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(draft, path)
 
 
 def copied(value: Any) -> Any:
@@ -83,11 +89,24 @@ class Checkpoint(pl.Callback):
             self.begin(trainer)
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """Copy the state; it is on disk some time later."""
+        """Copy the state; it is on disk some time later. A sharded model's is gathered into the file, while all ranks wait."""
         stage = trainer.lightning_module
         assert isinstance(stage, Stage)
         stage.check_finite()
-        self._told(lambda: trainer.save_checkpoint(self.path, weights_only=False))  # False: optimiser and position too
+        if stage.is_sharded:
+            self._told(lambda: self._save_now(trainer))
+        else:
+            self._told(lambda: trainer.save_checkpoint(self.path, weights_only=False))  # optimiser and position too
+
+    def _save_now(self, trainer: pl.Trainer) -> None:
+        draft = self.path.with_suffix(".tmp")
+        try:
+            trainer.save_checkpoint(draft, weights_only=False)
+            if trainer.is_global_zero:
+                move_whole(draft, self.path)
+        except BaseException:
+            draft.unlink(missing_ok=True)
+            raise
 
     def save(self, trainer: pl.Trainer) -> None:
         """As :meth:`begin`, and wait until it is on disk."""
@@ -103,7 +122,7 @@ class Checkpoint(pl.Callback):
         try:
             work()
         except (OSError, RuntimeError) as error:
-            if not isinstance(error, OSError) and "PytorchStreamWriter" not in str(error):
+            if not isinstance(error, OSError) and not any(mark in str(error) for mark in FROM_TORCH):
                 raise
             raise TrainingError(
                 f"{self.path} could not be written ({error}); the checkpoint before it, if any, is whole. "

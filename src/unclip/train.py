@@ -178,7 +178,7 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, data: UnclipData, title: s
         log_every_n_steps=cfg.trainer.log_every,
         callbacks=callbacks,
         logger=loggers,
-        plugins=[checkpoint.writer],
+        plugins=[] if cfg.trainer.strategy == "fsdp2" else [checkpoint.writer],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
