@@ -69,7 +69,7 @@ class FolderSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from hydra.core.plugins import Plugins
 
-        self.config, self.hydra_context = config, hydra_context
+        self.settings, self.context = config, hydra_context
         self.launcher: Launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -80,10 +80,10 @@ class FolderSweeper(Sweeper):
         from unclip.run_lock import RunLock
 
         with told_to_the_user():
-            if OmegaConf.is_missing(self.config, "run"):
+            if OmegaConf.is_missing(self.settings, "run"):
                 raise ConfigError("run is not set; give the sweep's folder on the command line: run=...")
             folders.refuse_ranks()
-            self.folder = Path(self.config.run)
+            self.folder = Path(self.settings.run)
             fixed, varied = self._settings(arguments)
             if not varied:
                 raise ConfigError(
@@ -93,7 +93,7 @@ class FolderSweeper(Sweeper):
                 for trial in folders.trials(self.folder):
                     trial.check_same(fixed)
                 self._run_all(fixed, varied)
-                command = folders.command_name(self.config.hydra.job.config_name)
+                command = folders.command_name(self.settings.hydra.job.config_name)
                 folders.conclude(self.folder, self.objective, self.maximize, command)
 
     def _settings(self, arguments: Sequence[str]) -> tuple[list[str], dict[str, Override]]:
@@ -102,7 +102,7 @@ class FolderSweeper(Sweeper):
 
         given = [forced(f"{key}={_text(value)}") for key, value in self.params.items()]
         given += [a for a in arguments if not a.lstrip("+").startswith("run=")]
-        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
         last = {o.key_or_group: o for o in parser.parse_overrides(given)}
         fixed = [str(o.input_line) for o in last.values() if not o.is_sweep_override()]
         return fixed, {key: o for key, o in last.items() if o.is_sweep_override()}

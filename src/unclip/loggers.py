@@ -132,9 +132,9 @@ class WandbRun(WandbLogger):
         self, cfg: LoggerConfig, run: Path, jsonl: JsonlLogger, settings: dict[str, Any], group: str | None
     ) -> None:
         self.is_offline = is_offline(cfg)
-        place = {"project": cfg.project, "save_dir": run, "group": group}
-        more = {"mode": "offline"} if self.is_offline else {}
-        super().__init__(name=run.resolve().name, id=_id(run / "wandb-id.txt"), **place, **more)
+        more: dict[str, Any] = {"mode": "offline"} if self.is_offline else {}
+        more |= {"project": cfg.project, "save_dir": run, "group": group}
+        super().__init__(name=run.resolve().name, id=_id(run / "wandb-id.txt"), **more)
         if rank_zero_only.rank != 0:
             return
         missing = _cut_to_whole(run, jsonl.rows())
@@ -243,7 +243,7 @@ class MlflowRun(MLFlowLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        new = {key: value for key, value in metrics.items() if not self._resumed or step > self._last(key)}
+        new = {key: value for key, value in metrics.items() if not self._resumed or (step or 0) > self._last(key)}
         if new:
             super().log_metrics(new, step)
 
