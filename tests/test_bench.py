@@ -20,6 +20,7 @@ RATIOS = {
     "degrade": {"light_per_s", "full_per_s", "full_vs_bare"},
     "embed": {"embed_vs_bare", "embed_vs_bare_torch_threads"},
     "loader": {"rows_vs_take", "rows_per_s", "take_per_s", "reader_per_s"},
+    "training_loop": {"loop_vs_bare", "two_ranks_vs_one", "checkpoint_stall_share", "checkpoint_write_share"},
     "loader_pictures": {"pictures_vs_decode_only", "unresized", "pictures_per_s"},
 }
 

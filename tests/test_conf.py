@@ -52,6 +52,8 @@ def shipped() -> list[tuple[str, list[str]]]:
     cases += [("evaluate", [f"evaluation={path.stem}"]) for path in sorted(CONF.glob("evaluation/*.yaml"))]
     cases += [("embed", [f"launch={path.stem}"]) for path in sorted(CONF.glob("launch/*.yaml"))]
     cases += [("train_decoder", [f"logger={path.stem}"]) for path in sorted(CONF.glob("logger/*.yaml"))]
+    sweeps = {path.stem: "evaluate" if "guidance" in path.stem else "train_prior" for path in CONF.glob("sweep/*.yaml")}
+    cases += [(root, [f"sweep={name}"]) for name, root in sorted(sweeps.items())]
     priors = ("ar_prior", "diffusion_prior", "eclipse_prior", "identity", "linear_prior", "mlp_prior")
     cases += [("train_prior", [f"model={name}"]) for name in priors]
     cases += [("train_decoder", [f"trainer={path.stem}"]) for path in sorted(CONF.glob("trainer/*.yaml"))]

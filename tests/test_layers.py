@@ -14,6 +14,7 @@ LAYERS = [
     {"models", "config", "artifact", "ema"},
     {"data", "evaluation"},
     {"stages", "interop", "report"},
+    {"wandb_files", "loggers", "checkpoint", "watch"},
     {"callbacks", "optim", "run_lock", "batches", "jobs", "loading", "recipe", "plan"},
     {"chain"},
     {"manipulate"},
@@ -25,7 +26,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 RANK |= {"optim": 1}  # used by the stages, uses the configuration only
 TYPES_ONLY = {("models", "data")}  # models name the batch they are given
 PURE = {"diffusion", "nets"}
-LIGHTNING = {"stages", "train", "callbacks"}
+LIGHTNING = {"stages", "train", "callbacks", "checkpoint", "loggers", "watch"}
 FILES = sorted(p for p in ROOT.rglob("*.py") if "conf" not in p.relative_to(ROOT).parts)
 
 

@@ -1,9 +1,13 @@
 """Running the commands as a user does, and settings small enough for tests."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import torch
 
 _SHORT = ["trainer.max_steps=4", "trainer.batch_size=8", "trainer.log_every=2", "trainer.checkpoint_every=1"]
 _SHORT += ["trainer.num_samples=2", "data.max_val=8", "optim.warmup_steps=2", "optim.lr=1e-3"]
@@ -69,3 +73,20 @@ def run_command(*arguments: str, cwd: Path, code: int = 0) -> str:
     said = done.stdout + done.stderr
     assert done.returncode == code, f"{' '.join(arguments)} ended with {done.returncode}:\n{said[-3000:]}"
     return said
+
+
+def kill_beyond(step: int, checkpoint: Path, arguments: list[str], cwd: Path) -> int:
+    """Start a command and kill it once a checkpoint beyond ``step`` stands; the step of the one that it leaves."""
+    with subprocess.Popen(
+        [command(arguments[0]), *arguments[1:]], cwd=cwd, env=environment(), stderr=subprocess.PIPE
+    ) as process:
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline and process.poll() is None:
+            if checkpoint.exists() and torch.load(checkpoint, weights_only=True)["global_step"] > step:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                return torch.load(checkpoint, weights_only=True)["global_step"]
+            time.sleep(0.01)
+        process.kill()
+        said = process.stderr.read().decode() if process.stderr else ""
+    raise AssertionError(f"no checkpoint beyond step {step}; the command said:\n{said[-3000:]}")

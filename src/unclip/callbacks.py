@@ -1,11 +1,9 @@
-"""What happens around training steps: progress, metrics, sheets, checkpoints, the time limit and signals."""
+"""What happens around training steps: progress, sheets, the time limit and signals."""
 
 import json
 import logging
-import os
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -14,93 +12,21 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.utilities.rank_zero import rank_zero_only
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import TensorBoardLogger
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from unclip.checkpoint import Checkpoint
 from unclip.data.datamodule import UnclipData
 from unclip.ema import drop_after, save_snapshot
-from unclip.errors import TrainingError
 from unclip.evaluation.sheet import draw_table, save_picture
 from unclip.job_notes import STOPPED, note
+from unclip.loggers import MlflowRun, WandbRun
 from unclip.report.run import CAPTIONS
 from unclip.stages.base import Stage
-from unclip.stages.parts import drop_older
 from unclip.stages.sharded import gathered
 
 log = logging.getLogger(__name__)
 LIMIT = 0.5  # the reason to stop that is no signal's number
-
-
-class JsonlLogger(Logger):
-    """``metrics.jsonl``: one JSON object a line with ``step``, ``seconds`` and the metrics.
-
-    A resumed run first drops the lines beyond its checkpoint, so every step stands there once.
-    """
-
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        super().__init__()
-        self.path = path
-        self._start = time.monotonic()
-        if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            path.write_text("".join(line + "\n" for line in kept))
-
-    @property
-    def name(self) -> str:
-        return "jsonl"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        values = {k: float(v) for k, v in metrics.items() if k != "epoch"}
-        if values:
-            row = {"step": step, "seconds": round(time.monotonic() - self._start, 2), **values}
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The settings stand in ``config.yaml``."""
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # a line cut short by a crash
-
-
-class Metrics(pl.Callback):
-    """Every ``log_every`` steps: training losses, gradient norm, learning rate, samples per second."""
-
-    def __init__(self) -> None:
-        self._clock, self._count = 0.0, 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._clock, self._count = time.monotonic(), 0
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # type: ignore[override]
-        self._count += 1
-        if trainer.global_step % pl_module.trainer_cfg.log_every:
-            return
-        pl_module.check_finite()
-        data: UnclipData = trainer.datamodule  # type: ignore[attr-defined]
-        values = {**pl_module.averages(), **data.counts()}
-        now = time.monotonic()
-        values["train/samples_per_second"] = self._count * pl_module.trainer_cfg.batch_size / (now - self._clock)
-        values["train/lr"] = pl_module.adamw.param_groups[0]["lr"]
-        self._clock, self._count = now, 0
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._clock = time.monotonic()
 
 
 class SampleSheet(pl.Callback):
@@ -133,43 +59,12 @@ class SampleSheet(pl.Callback):
         save_picture(picture, path)
         (self.folder / CAPTIONS).write_text(json.dumps([row.caption for row in rows]) + "\n")
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
+            if isinstance(logger, WandbRun):
                 logger.log_image("sheet", [picture], step=trainer.global_step)
+            elif isinstance(logger, MlflowRun):
+                logger.experiment.log_artifact(str(logger.run_id), str(path), "samples")
             elif isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("sheet", np.asarray(picture), trainer.global_step, dataformats="HWC")
-
-
-class Checkpoint(pl.Callback):
-    """``last.ckpt`` every ``checkpoint_every`` steps, replaced in one move: a kill at any moment leaves a whole one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:  # type: ignore[override]
-        if trainer.global_step % pl_module.trainer_cfg.checkpoint_every == 0:
-            self.save(trainer)
-
-    def save(self, trainer: pl.Trainer) -> None:
-        stage = trainer.lightning_module
-        assert isinstance(stage, Stage)
-        stage.check_finite()
-        draft = self.path.with_suffix(".tmp")
-        try:
-            trainer.save_checkpoint(draft, weights_only=False)  # False: optimiser and position too
-            if trainer.is_global_zero:
-                with draft.open("rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(draft, self.path)
-                drop_older(self.path)
-        except OSError as error:
-            draft.unlink(missing_ok=True)
-            raise TrainingError(
-                f"{self.path} could not be written ({error}); the checkpoint before it, if any, is whole. "
-                f"Free disk space there and in {tempfile.gettempdir()}, and run the same command again"
-            ) from error
-        trainer.strategy.barrier()  # the file stands: now any rank may end, and have the others killed
 
 
 class Snapshots(pl.Callback):

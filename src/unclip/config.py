@@ -35,8 +35,10 @@ class Decay(Enum):
 
 class LoggerName(Enum):
     none = "none"
+    csv = "csv"
     tensorboard = "tensorboard"
     wandb = "wandb"
+    mlflow = "mlflow"
 
 
 @dataclass
@@ -95,6 +97,13 @@ class OnNonfinite(Enum):
     skip = "skip"
 
 
+class OnSpike(Enum):
+    """What to do when the loss rises far above what it was: say so, or stop the run before its next checkpoint."""
+
+    warn = "warn"
+    stop = "stop"
+
+
 @dataclass
 class TrainerConfig:
     """How long, how precisely and on what a stage trains.
@@ -105,8 +114,11 @@ class TrainerConfig:
     A run limited by time is not reproducible to the bit, since the number of its steps depends on the machine.
     ``strategy`` auto is ddp where there are several devices; fsdp2 shards weights, gradients, moments and averages over them.
     ``checkpoint`` of fsdp2: sharded (auto), where each rank writes its share, or full, one file of whole tensors; either is
-    read by any number of ranks. ``on_nonfinite`` stop looks every ``log_every`` steps and before each checkpoint; skip looks at
-    every step, for which a GPU has to wait. Either writes the batch's keys to ``nonfinite.jsonl``.
+    read by any number of ranks. ``on_nonfinite`` stop looks every ``log_every`` steps and before each checkpoint; skip looks
+    at every step, for which a GPU has to wait. Either writes the batch's keys to ``nonfinite.jsonl``. A loss spike is a mean loss over ``log_every``
+    steps that is more than ``spike_factor`` x the median of the last 20 such means (0: never); ``on_spike`` warn or stop.
+    After ``stall_seconds`` without a step every rank prints the stacks of its threads (0: never). ``peak_tflops`` is what one
+    device can do at most, for the share of it that training uses (0: known GPUs by name, others by a short multiplication).
     """
 
     max_steps: int = 100_000
@@ -117,6 +129,10 @@ class TrainerConfig:
     channels_last: bool = field(default=True, metadata=FREE)
     compile: bool = field(default=False, metadata=FREE)
     on_nonfinite: OnNonfinite = field(default=OnNonfinite.stop, metadata=FREE)
+    on_spike: OnSpike = field(default=OnSpike.warn, metadata=FREE)
+    spike_factor: float = field(default=3.0, metadata=FREE)
+    stall_seconds: float = field(default=1800.0, metadata=FREE)
+    peak_tflops: float = field(default=0.0, metadata=FREE)
     accelerator: str = field(default="auto", metadata=FREE)
     devices: int = field(default=1, metadata=FREE)
     num_nodes: int = field(default=1, metadata=FREE)
@@ -144,6 +160,12 @@ class TrainerConfig:
             )
         if self.strategy == "fsdp2" and self.compile:
             raise ConfigError("trainer.compile with trainer.strategy=fsdp2 is untested: leave one of them out")
+        if self.spike_factor and self.spike_factor <= 1:
+            raise ConfigError(f"trainer.spike_factor={self.spike_factor} must be above 1, or 0 to ignore spikes")
+        if self.stall_seconds < 0 or self.peak_tflops < 0:
+            raise ConfigError(
+                "trainer.stall_seconds and trainer.peak_tflops must not be negative; 0 is the default or off"
+            )
         if self.accumulate < 1:
             raise ConfigError(
                 f"trainer.accumulate={self.accumulate} must be at least 1, the number of parts of a batch"
@@ -157,15 +179,19 @@ class TrainerConfig:
 
 @dataclass
 class LoggerConfig:
-    """``metrics.jsonl`` is always written; ``name`` adds TensorBoard or wandb. ``offline`` keeps wandb on this machine."""
+    """``metrics.jsonl`` is always written; ``name`` adds another place. ``offline`` keeps wandb on this machine; left unset,
+    it does so where wandb's server cannot be reached. ``tracking_uri`` is MLflow's server."""
 
     name: LoggerName = field(default=LoggerName.tensorboard, metadata=FREE)
     project: str = field(default="unclip", metadata=FREE)
-    offline: bool = field(default=False, metadata=FREE)
+    offline: bool | None = field(default=None, metadata=FREE)
+    tracking_uri: str = field(default="", metadata=FREE)
 
     def __post_init__(self) -> None:
-        if self.offline and self.name is not LoggerName.wandb:
+        if self.offline is not None and self.name is not LoggerName.wandb:
             raise ConfigError("logger.offline applies to wandb only: remove it, or set logger=wandb")
+        if self.tracking_uri and self.name is not LoggerName.mlflow:
+            raise ConfigError("logger.tracking_uri applies to mlflow only: remove it, or set logger=mlflow")
 
 
 def typed(raw: DictConfig, cls: type[T]) -> T:

@@ -23,7 +23,11 @@ class DataError(UnclipError):
 
 
 class TrainingError(UnclipError):
-    """A run cannot go on: its loss is not finite, or its checkpoint cannot be written."""
+    """A run cannot go on: it diverged, or its checkpoint cannot be written."""
+
+
+class DivergedError(TrainingError):
+    """The loss is not finite, or far above what it was."""
 
 
 class ResourceError(UnclipError):

@@ -12,23 +12,16 @@ import pytorch_lightning as pl
 import torch
 import yaml
 from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from unclip import artifact
-from unclip.callbacks import (
-    Checkpoint,
-    JsonlLogger,
-    Metrics,
-    ProgressBar,
-    SampleSheet,
-    Snapshots,
-    StopOnLimitOrSignal,
-)
-from unclip.config import LoggerConfig, LoggerName, OptimConfig, Precision, TrainerConfig, identity, to_plain
+from unclip.callbacks import ProgressBar, SampleSheet, Snapshots, StopOnLimitOrSignal
+from unclip.checkpoint import Checkpoint
+from unclip.config import LoggerConfig, OptimConfig, Precision, TrainerConfig, identity, to_plain
 from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.data.degrade import Degrade
 from unclip.errors import ConfigError
 from unclip.job_notes import ERROR
+from unclip.loggers import MlflowRun, WandbRun, make_loggers
 from unclip.models import CLIPConfig, DecoderConfig, ModelConfig, UpsamplerConfig, build, name_of
 from unclip.models.interface import PriorConfig
 from unclip.models.pictures import Bsr
@@ -37,11 +30,11 @@ from unclip.run_lock import RunLock
 from unclip.stages.base import Stage
 from unclip.stages.clip import ClipStage
 from unclip.stages.decoder import DecoderStage
-from unclip.stages.parts import AnyCheckpoint
 from unclip.stages.prior import PriorStage
 from unclip.stages.sharded import Sharded
 from unclip.stages.upsampler import UpsamplerStage
 from unclip.tensor_file import write_tensors
+from unclip.watch import Metrics, Watchdog
 
 log = logging.getLogger(__name__)
 for _name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):  # they raise their own level when imported
@@ -132,11 +125,17 @@ def train(cfg: TrainConfig) -> Path:
         (run / ERROR).unlink(missing_ok=True)
         stage = stage_class(model, cfg.trainer, cfg.optim, cfg.seed)
         data.set_start(start)
-        trainer = _trainer(cfg, run, start, title=f"{kind} in {run}")
+        trainer = _trainer(cfg, run, start, data, title=f"{kind} in {run}")
         size = artifact.describe(stage.model)
         log.info("%s: %.1f M parameters, from step %d", kind, size["trainable"] / 1e6, start)
-        trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
-        return _finish(trainer, stage, data, cfg, kind)
+        try:
+            trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+            folder = _finish(trainer, stage, data, cfg, kind)
+        except BaseException:
+            _close(trainer, code=1)
+            raise
+        _close(trainer, code=0)
+        return folder
 
 
 def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, UnclipData]:
@@ -158,7 +157,7 @@ def _model_config(cfg: TrainConfig) -> ModelConfig:
     return cfg.model  # type: ignore[attr-defined]
 
 
-def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
+def _trainer(cfg: TrainConfig, run: Path, start: int, data: UnclipData, title: str) -> pl.Trainer:
     """A model without weights to train is only validated, on one device."""
     trains = _model_config(cfg).trains
     checkpoint = Checkpoint(run / "checkpoints" / "last.ckpt")
@@ -169,14 +168,18 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
         StopOnLimitOrSignal(checkpoint),
         checkpoint,
         ProgressBar(title),
+        Watchdog(run),
     ]
+    lineage = {"data": data.fingerprint, "clip": data.interface.clip}
+    group = run.resolve().parent.name if (run / "trial.json").exists() else None
+    loggers = make_loggers(cfg.logger, run, start, {**to_plain(cfg), "lineage": lineage}, group)
     return pl.Trainer(
         default_root_dir=run,
         accelerator=cfg.trainer.accelerator,
         devices=cfg.trainer.devices if trains else 1,
         num_nodes=cfg.trainer.num_nodes if trains else 1,
         strategy=_strategy(cfg.trainer) if trains else "auto",
-        plugins=_plugins(sharded=trains and cfg.trainer.strategy == "fsdp2"),
+        plugins=_plugins([] if trains and cfg.trainer.strategy == "fsdp2" else [checkpoint.writer]),
         precision="bf16-mixed" if cfg.trainer.precision is Precision.bf16 else "32-true",
         max_steps=cfg.trainer.max_steps if trains else 0,
         max_epochs=-1,
@@ -185,7 +188,7 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, title: str) -> pl.Trainer:
         num_sanity_val_steps=0,
         log_every_n_steps=cfg.trainer.log_every,
         callbacks=callbacks,
-        logger=_loggers(cfg, run, start),
+        logger=loggers,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -200,13 +203,12 @@ def _strategy(cfg: TrainerConfig) -> str | Sharded:
     return Sharded(cfg.devices * cfg.num_nodes, full=cfg.checkpoint == "full")
 
 
-def _plugins(sharded: bool) -> list[Any]:
-    """How to read checkpoints, and what to know of SLURM.
+def _plugins(own: list[Any]) -> list[Any]:
+    """What writes and reads checkpoints, and what to know of SLURM.
 
     Lightning's own requeueing saves within the signal's handler, which can hang; see StopOnLimitOrSignal.
     """
-    own = [SLURMEnvironment(auto_requeue=False)] if _under_srun() else []
-    return own if sharded else [*own, AnyCheckpoint()]
+    return [SLURMEnvironment(auto_requeue=False), *own] if _under_srun() else own
 
 
 def _under_srun() -> bool:
@@ -230,16 +232,10 @@ def _check_ranks(cfg: TrainConfig) -> None:
             )
 
 
-def _loggers(cfg: TrainConfig, run: Path, start: int) -> list[Logger]:
-    loggers: list[Logger] = [JsonlLogger(run / "metrics.jsonl", start)]
-    if cfg.logger.name is LoggerName.tensorboard:
-        loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=start + 1))
-    if cfg.logger.name is LoggerName.wandb:
-        name = run.resolve().name
-        wandb = WandbLogger(name=name, project=cfg.logger.project, save_dir=run, offline=cfg.logger.offline)
-        wandb.experiment.config.update(to_plain(cfg), allow_val_change=True)
-        loggers.append(wandb)
-    return loggers
+def _close(trainer: pl.Trainer, code: int) -> None:
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbRun):
+            logger.close(code)
 
 
 def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfig, kind: str) -> Path:
@@ -273,7 +269,10 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
         )
         weights = stage.model.state_dict()
         if trainer.is_global_zero:
-            artifact.save(run, weights, manifest)
+            folder = artifact.save(run, weights, manifest)
+            for logger in trainer.loggers:
+                if isinstance(logger, (WandbRun, MlflowRun)):
+                    logger.log_lineage(manifest, folder)
             report_quietly(run)
         elif stage.is_sharded:
             write_tensors(None, weights)

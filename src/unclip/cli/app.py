@@ -282,6 +282,17 @@ def ui(
     serve(runs, host=host, port=port, auth_file=auth_file)
 
 
+@app.command()
+def sync(
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A run with logger=wandb.")],
+) -> None:
+    """Send a run that wandb kept offline to its server, or say what is needed for that."""
+    from unclip.cli.sync import sync_run
+
+    if not sync_run(run):
+        raise typer.Exit(1)
+
+
 @app.command("inspect")
 def inspect_folder(
     path: Annotated[Path, typer.Argument(help="An embeddings folder, a run or an artifact.")],

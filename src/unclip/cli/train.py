@@ -11,7 +11,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from unclip.errors import ArtifactError, ConfigError, told_to_the_user
+from unclip.errors import ArtifactError, ConfigError, DivergedError, told_to_the_user
 from unclip.job_notes import ERROR, note
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -118,7 +118,14 @@ def _main(root: str, run: Callable[[DictConfig], Any]) -> None:
     def command(raw: DictConfig) -> None:
         with told_to_the_user(), _noted(raw):
             _drop_launch(raw)
-            run(raw)
+            try:
+                run(raw)
+            except DivergedError as error:
+                from unclip.cli.sweep import write_failure
+
+                if not write_failure(Path(raw.run), error):  # the other trials of a sweep go on
+                    raise
+                logging.getLogger(__name__).warning("%s: %s", raw.run, error)
 
     command()
 

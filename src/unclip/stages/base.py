@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from unclip.config import OnNonfinite, OptimConfig, TrainerConfig
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
-from unclip.errors import TrainingError
+from unclip.errors import DivergedError
 from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer, no_optimizer, perturbed
 from unclip.stages.sharded import average_scalars, shard
 
@@ -45,7 +45,7 @@ class Stage(pl.LightningModule):
         self.model = model
         self.trainer_cfg, self.optim_cfg, self.seed = trainer_cfg, optim_cfg, seed
         self.seconds = 0.0  # spent training, over all resumptions
-        self._clock = time.monotonic()
+        self.clock = time.monotonic()  # the end of the last step, or of the validation after it
         self._sums: dict[str, Tensor] = {}
         self._count = 0  # steps in the sums
         self._unchecked: list[
@@ -143,17 +143,17 @@ class Stage(pl.LightningModule):
         )
 
     def on_train_start(self) -> None:
-        self._clock = time.monotonic()
+        self.clock = time.monotonic()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         now = time.monotonic()
-        self.seconds += now - self._clock
-        self._clock = now
+        self.seconds += now - self.clock
+        self.clock = now
 
     def check_finite(self) -> None:
-        """Raise TrainingError if a step since the last check had a loss or gradient that is not finite; one host sync."""
+        """Raise DivergedError if a step since the last check had a loss or gradient that is not finite; one host sync."""
         if self._any_nonfinite():
-            raise TrainingError(
+            raise DivergedError(
                 f"the loss or its gradient is not finite; step and keys of its samples are in {self._nonfinite}. The last "
                 "checkpoint, if any, is older and whole. Look at the samples; leave such steps out with "
                 "trainer.on_nonfinite=skip, or start another run with a lower optim.lr or trainer.precision=fp32"
@@ -202,7 +202,9 @@ class Stage(pl.LightningModule):
         self.validated_at = self.global_step
         found = self.trainer.callback_metrics
         self.val_metrics = {name: float(value) for name, value in found.items() if name.startswith("val/")}
-        self._clock = time.monotonic()
+        for logger in self.trainer.loggers:  # Lightning would log them one step low: it has not counted this one yet
+            logger.log_metrics(self.val_metrics, step=self.global_step)
+        self.clock = time.monotonic()
 
     def start_validation(self) -> None:
         """Hook for stages that gather something over the validation set."""
@@ -221,7 +223,11 @@ class Stage(pl.LightningModule):
         for name, total in self._val_sums.items():
             both = torch.stack([total, total.new_tensor(self._val_counts[name])])
             total, count = self.trainer.strategy.reduce(both, reduce_op="sum")
-            self.log(f"val/{name}", total / count)
+            self.found({name: total / count})
+
+    def found(self, values: Mapping[str, Any]) -> None:
+        """Figures of this validation, of all ranks together; their names get the prefix ``val/``."""
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, logger=False)
 
     def sheet(self, batch: Batch) -> list[Row]:
         """Rows to show for a validation batch; called with averaged weights, in eval mode and without gradients."""

@@ -63,7 +63,7 @@ class ClipStage(Stage):
         found = retrieval(image_emb, text_emb, columns["caption"].tolist()) | self._validation_loss(image_emb, text_emb)
         variances = spectrum(image_emb)
         found |= {"effective_rank": effective_rank(variances), "components_for_99": float(num_components(variances))}
-        self.log_dict({f"val/{name}": value for name, value in found.items()})
+        self.found(found)
 
     def _validation_loss(self, image_emb: Tensor, text_emb: Tensor) -> dict[str, float]:
         """The mean over batches of about ``trainer.batch_size`` pairs, weighted by their sizes."""

@@ -30,7 +30,7 @@ class PriorStage(Stage):
 
     def on_validation_epoch_end(self) -> None:
         found = self._evaluation.summary(self.device)
-        self.log_dict({f"val/{name}": value for name, value in found.items()})
+        self.found(found)
 
     def _sample(self, batch: Batch) -> Tensor:
         drawn = self.model.sample(self.model.cond(batch), self.model.default_sampling(), self.noise(batch))
