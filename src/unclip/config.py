@@ -113,12 +113,13 @@ class TrainerConfig:
     ``max_minutes`` of training, whichever comes first; the learning-rate decay follows the nearer of the two ends.
     A run limited by time is not reproducible to the bit, since the number of its steps depends on the machine.
     ``strategy`` auto is ddp where there are several devices; fsdp2 shards weights, gradients, moments and averages over them.
-    ``checkpoint`` of fsdp2: sharded (auto), where each rank writes its share, or full, one file of whole tensors; either is
-    read by any number of ranks. ``on_nonfinite`` stop looks every ``log_every`` steps and before each checkpoint; skip looks
-    at every step, for which a GPU has to wait. Either writes the batch's keys to ``nonfinite.jsonl``. A loss spike is a mean loss over ``log_every``
-    steps that is more than ``spike_factor`` x the median of the last 20 such means (0: never); ``on_spike`` warn or stop.
-    After ``stall_seconds`` without a step every rank prints the stacks of its threads (0: never). ``peak_tflops`` is what one
-    device can do at most, for the share of it that training uses (0: known GPUs by name, others by a short multiplication).
+    ``checkpoint`` of fsdp2: sharded (auto), where each rank writes its share, or full, one file of whole tensors;
+    either is read by any number of ranks. ``on_nonfinite`` stop looks every ``log_every`` steps and before each
+    checkpoint; skip looks at every step, for which a GPU has to wait. Either writes the batch's keys to
+    ``nonfinite.jsonl``. A loss spike is a mean loss over ``log_every`` steps that is more than ``spike_factor`` x the
+    median of the last 20 such means (0: never); ``on_spike`` warn or stop. After ``stall_seconds`` without a step every
+    rank prints the stacks of its threads (0: never). ``peak_tflops`` is what one device can do at most, for the share
+    of it that training uses (0: known GPUs by name, others by a short multiplication).
     """
 
     max_steps: int = 100_000
