@@ -100,8 +100,8 @@ def isotropic(scale: float, strength: Strength, size: float, width: float) -> Te
 
 def anisotropic(scale: float, strength: Strength, size: float, angle: float, width: float, height: float) -> Tensor:
     """An oblong Gaussian kernel at any angle, with deviations of 0.5 to 8 pixels at scale 4."""
-    sigmas = (strength.blur * _between(0.5, 4.0 + scale, value) for value in (width, height))
-    return gaussian_kernel(_kernel_size(size), *sigmas, math.pi * angle)
+    sigma_1, sigma_2 = (strength.blur * _between(0.5, 4.0 + scale, value) for value in (width, height))
+    return gaussian_kernel(_kernel_size(size), sigma_1, sigma_2, math.pi * angle)
 
 
 def gaussian_kernel(size: int, sigma_1: float, sigma_2: float, angle: float) -> Tensor:
