@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -75,7 +76,7 @@ def files(place: Path, out: str) -> list[str]:
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) and value else "",
 )
 def test_every_command_writes_pictures_that_repeat_bit_for_bit(place: Path, arguments: list[str], count: int, more):
-    out = "-".join(arguments[:2]).replace(".", "-") + str(len(arguments))
+    out = re.sub(r"\W+", "-", " ".join(arguments))
     told = json.loads(run(place, *arguments, *FAST, "--json", out=out))
     assert len(told["pictures"]) == count
     assert (told["width"], told["height"]) == (32, 32)

@@ -183,7 +183,7 @@ def edit(
     as_json: Json = False,
 ) -> None:
     """Turn a picture towards a caption: its z_i by the difference of two captions, its noise as it is."""
-    from unclip.cli.pictures import Overrides, Request, read_lines, read_pictures, write_drawn
+    from unclip.cli.pictures import Overrides, Request, even_thetas, read_lines, read_pictures, write_drawn
 
     wanted = [*(captions or []), *read_lines(prompts)]
     if not wanted:
@@ -193,7 +193,7 @@ def edit(
         upsampler_sampler=upsampler_sampler, size=size, stop_after=stop_after,
     )  # fmt: skip
     (image,) = read_pictures([picture])
-    thetas = [theta] if num == 1 else [theta * i / (num - 1) for i in range(num)]
+    thetas = even_thetas(theta, num)
 
     def draw(unclip, how, progress):
         for caption in wanted:

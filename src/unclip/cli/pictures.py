@@ -23,7 +23,7 @@ from unclip.diffusion.repaint import RePaint
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.errors import ConfigError
 from unclip.evaluation.sheet import draw_gallery, draw_table, save_picture
-from unclip.manipulate import INVERTIBLE
+from unclip.manipulate import INVERTIBLE, check_share
 from unclip.models.sampling import AnyPriorSampling, ARSampling, DiffusionSampling, NoSampling
 from unclip.pipeline import Memory, Picture, Sampling, UnCLIP
 from unclip.recipe import from_png, text_chunks, to_image
@@ -125,6 +125,12 @@ def parse_numbers(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
         raise ConfigError(f"{option} {text} is not a list of numbers such as 0.25,0.5") from error
+
+
+def even_thetas(largest: float, num: int) -> list[float]:
+    """From 0 to ``largest`` in even steps; a single one is ``largest``."""
+    check_share("theta", largest)
+    return [largest] if num == 1 else [largest * i / (num - 1) for i in range(num)]
 
 
 def repainting(how: Sampling, jump_length: int | None, num_resamples: int | None) -> Sampling:
