@@ -11,7 +11,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import yaml
-from lightning_fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from unclip import artifact
 from unclip.callbacks import ProgressBar, SampleSheet, Snapshots, StopOnLimitOrSignal

@@ -272,6 +272,17 @@ def test_bf16_autocast_stays_near_float32_and_keeps_the_codes():
     assert_close(rough, exact, rtol=0.05, atol=0)
 
 
+def test_blocks_gathered_in_bfloat16_draw_too():
+    """As FSDP2 leaves them while a sharded prior samples; its forward casts what comes in, the steps of a run must."""
+    prior, batch, noise = make(), make_batch(), Noise([1, 2, 3, 4])
+    for block in prior.net.transformer_blocks:
+        block.bfloat16().register_forward_pre_hook(lambda _, args: (args[0].bfloat16(), *args[1:]))
+        block.keys_values = lambda x, own=block.keys_values: own(x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = prior.sample(prior.cond(batch), prior.default_sampling(), noise)
+    assert_close(drawn.float().norm(dim=1), torch.ones(4), atol=1e-2, rtol=0)
+
+
 def test_losses_measures_and_sampling_never_wait_for_the_device():
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
         prior = ARPrior(ARPriorConfig(net=NET, **FIVE), INTERFACE)

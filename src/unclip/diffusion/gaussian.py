@@ -278,7 +278,8 @@ class NetDenoiser:
             x0_last = (torch.zeros_like(x_t) if last is None else last.x0,)
         output, fraction = self.diffusion.split(self.branches(x_t, step, guided, *x0_last))
         if guided:
-            output = self.guidance.combine(*output.chunk(2), self.sample_dims)
+            cond, null = output.chunk(2)
+            output = self.guidance.combine(cond, null, self.sample_dims)
         x0 = self.diffusion.to_x0(schedule, step, output, x_t)
         x0 = self.guidance.limit(x0, self.diffusion.cfg.clip_range, self.sample_dims)
         return Prediction(x0, self._log_var(step, fraction, len(x_t)))

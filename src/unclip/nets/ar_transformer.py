@@ -155,6 +155,7 @@ class ARRun:
     def __init__(self, net: ARNet, prefix: Prefix, num_codes: int) -> None:
         self.net = net
         self._blocks = [block for block in net.transformer_blocks if isinstance(block, TransformerBlock)]
+        self._dtype = self._blocks[0].norm1.weight.dtype  # of sharded blocks bfloat16, whatever the tokens are
         pairs = net.transformer_blocks.keys_values(prefix.tokens, _causal(prefix.mask))
         self._memory = [tuple(F.pad(side, (0, 0, 0, num_codes)) for side in pair) for pair in pairs]
         self._mask = F.pad(prefix.mask, (0, num_codes), value=True)[:, None, None]
@@ -164,7 +165,7 @@ class ARRun:
         """The next token (B, 1, W), the dot product's or a code's: logits (B, num_buckets) of dimension ``number``."""
         place = self._length
         self._length += 1
-        x, mask = token, self._mask[..., : self._length]
+        x, mask = token.to(self._dtype), self._mask[..., : self._length]
         for block, (keys, values) in zip(self._blocks, self._memory, strict=True):
             attention, inner = block.attn1, block.norm1(x)
             own_keys, own_values = attention.keys_values(inner)
