@@ -30,8 +30,8 @@ DIFFERENCES = {
     "EMA by the same code; sampling by DDIM with guidance",
     "unclip": "ADM U-Net: attention over [context; picture] behind each block of 32, 16 and 8 px; guidance in one forward, the "
     "context's keys and values once a run",
-    "dalle2_pytorch": "its width and heads set for equal parameters; one self-attention a level at 32, 16 and 8 px and cross-"
-    "attention in each block, where the caption is seen in the middle only; guidance in two forwards",
+    "dalle2_pytorch": "its width, then its context's, set for equal parameters; one self-attention a level at 32, 16 and 8 px "
+    "and cross-attention in each block, where the caption is seen in the middle only; guidance in two forwards",
 }
 
 

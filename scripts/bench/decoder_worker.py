@@ -82,23 +82,25 @@ class Unclip:
 
 
 class Dalle2Pytorch:
-    """Decoder with one Unet, its width, then its attention heads, set for equal parameters."""
+    """Decoder with one Unet: the widest that is not larger than ours, then a context as wide as equal parameters need."""
 
     def build(self, shape: dict[str, Any]) -> nn.Module:
-        group = 8  # of its group norms
+        wanted, group = shape["parameters"], 8  # of its group norms
         widths = range(group, 3 * shape["width"], group)
-        sizes = {(width, heads): self._parameters(shape, width, heads) for width in widths for heads in (4, 8)}
-        near = {key: abs(size - shape["parameters"]) for key, size in sizes.items()}
-        width, heads = min(near, key=lambda key: near[key])
-        self.model = self._decoder(shape, width, heads)
-        self.chosen = {"width": width, "heads": heads}
+        width = max(width for width in widths if self._parameters(shape, width, width) <= wanted)
+        least, more = (self._parameters(shape, width, width + extra) for extra in (0, group))
+        context = width + group * round((wanted - least) / (more - least))
+        if context == EMBED_DIM:  # where it takes z_i as it is for its tokens
+            context -= group
+        self.model = self._decoder(shape, width, context)
+        self.chosen = {"width": width, "context_width": context}
         return self.model
 
-    def _parameters(self, shape: dict[str, Any], width: int, heads: int) -> int:
+    def _parameters(self, shape: dict[str, Any], width: int, context: int) -> int:
         with torch.device("meta"):
-            return sum(p.numel() for p in self._unet(shape, width, heads).parameters())
+            return sum(p.numel() for p in self._unet(shape, width, context).parameters())
 
-    def _unet(self, shape: dict[str, Any], width: int, heads: int) -> Any:
+    def _unet(self, shape: dict[str, Any], width: int, context: int) -> Any:
         from dalle2_pytorch import Unet
 
         return Unet(
@@ -106,18 +108,18 @@ class Dalle2Pytorch:
             dim_mults=tuple(shape["multiples"]),
             image_embed_dim=EMBED_DIM,
             text_embed_dim=TEXT_WIDTH,
-            cond_dim=width,
+            cond_dim=context,
             cond_on_image_embeds=True,
             cond_on_text_encodings=True,
             max_text_len=CAPTION,
             self_attn=(False, True, True, True),
             attn_dim_head=shape["head_dim"],
-            attn_heads=heads,
+            attn_heads=8,
             num_resnet_blocks=2,
             channels_out=6,
         )
 
-    def _decoder(self, shape: dict[str, Any], width: int, heads: int) -> Any:
+    def _decoder(self, shape: dict[str, Any], width: int, context: int) -> Any:
         from dalle2_pytorch import Decoder
         from dalle2_pytorch.dalle2_pytorch import BaseClipAdapter
 
@@ -127,7 +129,7 @@ class Dalle2Pytorch:
             dim_latent, image_size, image_channels, max_text_len = EMBED_DIM, shape["size"], 3, CAPTION
 
         return Decoder(
-            unet=self._unet(shape, width, heads),
+            unet=self._unet(shape, width, context),
             clip=NoClip(nn.Identity()),
             image_sizes=(shape["size"],),
             timesteps=1000,
