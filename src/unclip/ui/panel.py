@@ -17,6 +17,7 @@ from unclip.ui.worker import State, Task, in_words
 
 Form = Callable[..., Draw]
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+HINT = "Click on a picture to see what it is."
 LOOK_EVERY = 0.2  # seconds between two looks at a task
 
 
@@ -75,7 +76,7 @@ def wire(
             columns=4, height="auto", object_fit="contain", format="png", interactive=False, show_label=False,
             buttons=["download", "fullscreen"], elem_id=f"{tab}-gallery",
         )  # fmt: skip
-        details = gr.HTML("Click on a picture to see what it is.", elem_id=f"{tab}-details")
+        details = gr.HTML(HINT, elem_id=f"{tab}-details")
         repeat = gr.Button("Repeat the chosen picture", size="sm", elem_id=f"{tab}-repeat")
     chosen = gr.State(-1)
 
@@ -88,7 +89,7 @@ def wire(
             yield _failed(in_words(error)), gr.skip(), -1, ""
             return
         async for seen, pictures in _follow(studio, task):
-            yield seen, pictures, -1, ""
+            yield seen, pictures, -1, HINT
 
     async def again(index: Any, request: gr.Request) -> AsyncIterator[tuple[Any, Any]]:
         try:
@@ -130,7 +131,7 @@ async def _follow(studio: Studio, task: Task, verb: str = "") -> AsyncIterator[t
         ended = task.state.ended  # first: what is read after it is whole
         count, seen = len(task.pictures), _status(task, studio.worker.ahead(task), verb)
         if count != shown or seen != before:
-            pictures = [(str(path), _short(picture.caption)) for picture, path in task.pictures[:count]]
+            pictures = [(str(path), _label(picture)) for picture, path in task.pictures[:count]]
             yield seen, pictures if count != shown else gr.skip()
             shown, before = count, seen
         if ended:
@@ -168,6 +169,13 @@ def _details(picture: Picture) -> str:
         if v is not None
     )
     return f"<table class='unclip-details'>{rows}</table>"
+
+
+def _label(picture: Picture) -> str:
+    """What tells a picture from its neighbours."""
+    if "theta" in picture.words:
+        return f"θ = {picture.words['theta']:g}"
+    return _short(picture.caption)
 
 
 def _short(text: str, most: int = 80) -> str:

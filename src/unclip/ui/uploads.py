@@ -58,6 +58,8 @@ def picture_of(value: Any, folder: Path, what: str = "the picture") -> Tensor:
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise ConfigError(f"{what} claims to have hundreds of megapixels; send a smaller one") from error
     except Exception as error:
         raise _undecodable(what, error) from error
     if width * height > MAX_PIXELS:
