@@ -27,7 +27,7 @@ from unclip.models.clip import CLIP, CLIPConfig
 from .conftest import Cluster
 
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "slurm"
-STEPS = 600
+STEPS = 400
 TRAIN = ["train-upsampler", "data.path=data", *TINY["upsampler"], "logger=none", "trainer.accelerator=cpu"]
 TRAIN += ["trainer.log_every=50", "trainer.checkpoint_every=5", "trainer.val_every=100000", "data.num_workers=0"]
 CPU = ["--cpus-per-task=1", "--mem-per-cpu=64"]
