@@ -25,8 +25,9 @@ def test_a_full_disk_is_one_message_and_nothing_is_lost(small_disk: Path, tmp_pa
     run_command("unclip", "data", "shapes", "--out", "data", "--num", "64", "--size", "32", cwd=tmp_path)
     given = ["train-upsampler", "run=disk/run", "data.path=data", *TINY["upsampler"], "logger=none"]
     said = run_command(*given, cwd=tmp_path, code=1)
-    assert "last.ckpt could not be written" in said
-    assert "Free disk space there and in" in said
+    # the first to find the disk full: the thread that writes the checkpoint, or the step that goes on meanwhile
+    assert "last.ckpt could not be written" in said or "metrics.jsonl could not be written" in said
+    assert "Free disk space there" in said
     assert "Traceback" not in said
     assert not list(small_disk.rglob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)

@@ -150,7 +150,7 @@ def test_misspelt_settings_of_the_sweep_and_of_its_space(call: Callable[..., str
     assert "unknown option 'model.drop_txt'; did you mean 'drop_text'?" in said
     assert not list((tmp_path / "sweep").glob("*/*"))
     said = call(commands.train_prior, *start, "optim.lr=tag(log, interval(0,1))", code=1)
-    assert "optim.lr: the logarithm of 0 does not exist" in said
+    assert "optim.lr: the logarithm of 0.0 does not exist" in said
     said = call(commands.train_prior, "sweep=prior_lr_dropout", *GIVEN, code=1)
     assert "run is not set; give the sweep's folder on the command line: run=..." in said
 

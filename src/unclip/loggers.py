@@ -22,7 +22,7 @@ from unclip import wandb_files
 from unclip.artifact import Manifest
 from unclip.config import LoggerConfig, LoggerName
 from unclip.data.index import write_atomic
-from unclip.errors import ConfigError
+from unclip.errors import ConfigError, TrainingError
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +69,14 @@ class JsonlLogger(Logger):
         values = {k: float(v) for k, v in metrics.items() if k != "epoch"}
         if values:
             row = {"step": step, "seconds": round(time.monotonic() - self._start, 2), **values}
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            try:
+                with self.path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise TrainingError(
+                    f"{self.path} could not be written ({error}); the last checkpoint, if any, is whole. "
+                    "Free disk space there, and run the same command again"
+                ) from error
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
