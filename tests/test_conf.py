@@ -110,14 +110,20 @@ def test_every_sampling_and_diffusion_setting_is_reachable(root: str):
     assert diffusion.resolution == (256 if root == "train_decoder" else None)
 
 
-def test_a_contradiction_in_the_config_is_refused_with_its_advice():
-    for setting, message in (
-        ("model.sampling.guidance.scale=-1", "give it as the negative one"),
-        ("model.diffusion.timesteps=logit_normal", "set timesteps=uniform or low_discrepancy"),
-        ("model.sampling.sampler.eta=0.5", r"set sampler\.name=ddim"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            composed("train_decoder", [*ROOTS["train_decoder"][1], setting])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["sampling.guidance.scale=-1"], "give it as the negative one"),
+        (["sampling.sampler.eta=0.5"], r"set sampler\.name=ddim"),
+        (
+            ["diffusion.timesteps=logit_normal", "diffusion.learned_variance=true", "diffusion.clip_range=1.0"],
+            "set timesteps=uniform or low_discrepancy",
+        ),
+    ],
+)
+def test_a_contradiction_in_the_config_is_refused_with_its_advice(settings: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        composed("train_decoder", [*ROOTS["train_decoder"][1], *(f"model.{setting}" for setting in settings)])
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])
