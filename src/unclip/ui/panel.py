@@ -175,7 +175,7 @@ def _label(picture: Picture) -> str:
     """What tells a picture from its neighbours."""
     if "theta" in picture.words:
         return f"θ = {picture.words['theta']:g}"
-    return _short(picture.caption)
+    return f"seed {picture.seed}" if picture.words.get("operation") == "generate" else _short(picture.caption)
 
 
 def _short(text: str, most: int = 80) -> str:
