@@ -31,7 +31,7 @@ STEPS = 400
 TRAIN = ["train-upsampler", "data.path=data", *TINY["upsampler"], "logger=none", "trainer.accelerator=cpu"]
 TRAIN += ["trainer.log_every=50", "trainer.checkpoint_every=5", "trainer.val_every=100000", "data.num_workers=0"]
 CPU = ["--cpus-per-task=1", "--mem-per-cpu=64"]
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.fixture(scope="module")
