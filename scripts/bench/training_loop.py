@@ -21,7 +21,7 @@ from turns import ROUNDS, ratio, report, size_from_command_line, take_turns
 
 from unclip.artifact import read_manifest
 from unclip.checkpoint import Writer
-from unclip.config import LoggerConfig, LoggerName, OptimConfig, Precision, TrainerConfig, from_plain, to_plain
+from unclip.config import LoggerConfig, LoggerName, OptimConfig, Precision, TrainerConfig
 from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.data.shapes import write_shapes
 from unclip.diffusion.noise import Noise
@@ -30,7 +30,7 @@ from unclip.nets.unet import UNetConfig
 from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer
 from unclip.train import UpsamplerTrainConfig, train
 
-WORKER = "UNCLIP_BENCH_WORKER"  # the settings of a process that only trains
+WORKER = "UNCLIP_BENCH_WORKER"  # size, folder and ranks, for a process that only trains
 SIZES = {  # steps, batch, channels, side in pixels
     "smoke": (4, 8, (16, 32), 32),
     "quick": (80, 16, (48, 96), 64),
@@ -88,17 +88,23 @@ def by_a_bare_loop(cfg: UpsamplerTrainConfig) -> tuple[float, torch.nn.Module, A
     return time.perf_counter() - before, model, optimizer
 
 
-def in_processes(cfg: UpsamplerTrainConfig, ranks: int) -> float:
+def in_processes(size: str, root: Path, ranks: int) -> float:
     """The loop in ``ranks`` processes that share two threads."""
-    cfg.trainer.devices, cfg.trainer.strategy = ranks, "ddp" if ranks > 1 else "auto"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(2 // ranks), WORKER: json.dumps(to_plain(cfg))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(2 // ranks), WORKER: json.dumps([size, str(root), ranks])}
     command = [sys.executable, __file__]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [*launcher, __file__]
-    shutil.rmtree(cfg.run, ignore_errors=True)
+    shutil.rmtree(root / "run", ignore_errors=True)
     subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
-    return float(read_manifest(Path(cfg.run)).metrics["seconds"])
+    return float(read_manifest(root / "run").metrics["seconds"])
+
+
+def work(size: str, root: str, ranks: int) -> None:
+    """One of the processes of :func:`in_processes`."""
+    cfg = config(size, Path(root))
+    cfg.trainer.devices, cfg.trainer.strategy = ranks, "ddp" if ranks > 1 else "auto"
+    train(cfg)
 
 
 def checkpoint_seconds(model: torch.nn.Module, optimizer: AdamWEMA, path: Path) -> tuple[float, float]:
@@ -128,8 +134,8 @@ def main() -> None:
             return seconds
 
         sides = {"bare": bare, "loop": lambda: by_the_loop(cfg)}
-        sides["one"] = lambda: in_processes(config(size, root), 1)
-        sides["two"] = lambda: in_processes(config(size, root), 2)
+        sides["one"] = lambda: in_processes(size, root, 1)
+        sides["two"] = lambda: in_processes(size, root, 2)
         found = take_turns(sides, ROUNDS[size])
         megabytes = (root / "c.ckpt").stat().st_size / 1e6
     between = [TrainerConfig().checkpoint_every * wall / cfg.trainer.max_steps for wall in found["loop"]]
@@ -148,6 +154,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if WORKER in os.environ:
-        train(from_plain(json.loads(os.environ[WORKER]), UpsamplerTrainConfig))
+        work(*json.loads(os.environ[WORKER]))
     else:
         main()

@@ -205,6 +205,7 @@ class Watchdog(pl.Callback):
                 draft.write_text(json.dumps(now) + "\n")
                 os.replace(draft, path)
             except OSError as error:  # a full disk: the checkpoint is what says so
+                draft.unlink(missing_ok=True)
                 log.warning("%s could not be written (%s)", path, error)
 
     def _tell(self, quiet: float) -> None:
