@@ -62,6 +62,8 @@ def test_all_commands_are_known():
         "doctor",
         "ema",
         "plan",
+        "job",
+        "sync",
     }
 
 

@@ -104,10 +104,13 @@ def assert_same_run(run: Path, one: Path) -> None:
         assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5), f"{run}: {key}"
 
 
+MACHINE = ("samples_per_second", "data_wait_share", "share_of_peak", "memory_gb")  # figures that tell of the machine
+
+
 def figures(run: Path) -> dict[tuple[int, str], float]:
     """What metrics.jsonl says of each step, by step and name."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = {"step", "seconds", "train/samples_per_second"}
+    timed = {"step", "seconds", *(f"train/{name}" for name in MACHINE)}
     return {(row["step"], name): value for row in rows for name, value in row.items() if name not in timed}
 
 

@@ -119,7 +119,6 @@ def train(cfg: TrainConfig) -> Path:
         last.parent.mkdir(parents=True, exist_ok=True)
         start = torch.load(last, weights_only=True, mmap=True)["global_step"] if last.exists() else 0
 
-        torch.manual_seed(cfg.seed)
         model, data = _model_and_data(cfg, kind, fresh=not last.exists())
         log.info("data %s", data.fingerprint[:12])  # opens it: a wrong path ends here
         _write_settings(run, cfg)  # from here on the folder is this run's
@@ -144,6 +143,7 @@ def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, Uncl
     data = UnclipData(cfg.data, cfg.seed, cfg.trainer.batch_size, needs=model_cfg.columns)
     if isinstance(model_cfg, UpsamplerConfig) and model_cfg.bsr is not Bsr.none:
         data.degrade = Degrade(model_cfg.bsr, model_cfg.image_size, model_cfg.low_size, cfg.seed)
+    torch.manual_seed(cfg.seed)  # not before: reading a CLIP for live states draws numbers too
     model = build(model_cfg, data.interface)
     if kind == "clip":
         data.tokenize = model.tokenize

@@ -305,7 +305,7 @@ def inspect_folder(
     inspect_path(path, out, max_rows)
 
 
-@app.command(context_settings={"ignore_unknown_options": True, "help_option_names": []})
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
 def job(command: Annotated[list[str], typer.Argument(metavar="COMMAND")]) -> None:
     """Within a SLURM job: run COMMAND in all its tasks, and requeue the job where trying again helps."""
     from unclip.cli.job import run_job

@@ -84,7 +84,7 @@ class NoiseSchedule:
     @classmethod
     def from_betas(cls, beta: Tensor) -> "NoiseSchedule":
         """beta: (T,) variances of q(x_t | x_{t-1}), in the dtype to compute in."""
-        return cls(torch.cumprod(1 - beta, dim=0), beta, torch.arange(len(beta)))
+        return cls(torch.cumprod(1 - beta, dim=0), beta, torch.arange(len(beta), device=beta.device))
 
     @classmethod
     def straight(cls, num_timesteps: int, dtype: torch.dtype, shift: float = 1.0) -> "NoiseSchedule":

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
 from unclip.errors import ConfigError
 from unclip.jobs import Picture
@@ -65,9 +66,7 @@ def checked(num: Any, seed: Any, steps: Any, guidance: Any) -> tuple[int, int, t
     return count, first, (own_steps, scale)
 
 
-def wire(
-    studio: Studio, buttons: Buttons, form: Form, fields: Sequence[gr.components.Component], *also: Callable[..., Any]
-) -> None:
+def wire(studio: Studio, buttons: Buttons, form: Form, fields: Sequence[Component], *also: Callable[..., Any]) -> None:
     """Make the column with progress and pictures, and connect the buttons; ``also``: other events that start."""
     tab = buttons.tab
     with gr.Column(scale=3, min_width=320):

@@ -102,16 +102,16 @@ def _launch(page: Any, host: str, port: int, users: dict[str, str], local: bool)
 
 def _theme() -> Any:
     """Quiet labels, and fonts that every machine has."""
-    import gradio as gr
+    from gradio.themes import Soft
 
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     labels = {
         f"block_{part}_text_color{mode}": "*body_text_color" for part in ("label", "title") for mode in ("", "_dark")
     }
     fills = {
         f"block_{part}_background_fill{mode}": "transparent" for part in ("label", "title") for mode in ("", "_dark")
     }
-    return gr.themes.Soft(primary_hue="indigo", **fonts).set(
+    fonts, mono = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]
+    return Soft(primary_hue="indigo", font=fonts, font_mono=mono).set(
         **labels, **fills, block_title_padding="0", block_title_text_weight="600", block_title_text_size="*text_sm"
     )
 
