@@ -132,7 +132,7 @@ def test_a_run_goes_on_with_another_strategy_and_number_of_ranks(way: str, case:
 def test_sharded_blocks_in_bfloat16_learn_as_in_float32(case: str, root: Path) -> None:
     ours, theirs = (figures(root / folder / case) for folder in ("bf16", "auto-1"))
     loss = f"val/{HALF[case]}"
-    for step in (1, STEPS - 1):
+    for step in (2, STEPS):
         assert ours[step, loss] == pytest.approx(theirs[step, loss], rel=0.01)
         assert ours[step, loss] != theirs[step, loss], "nothing was computed in bfloat16"
 
