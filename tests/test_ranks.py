@@ -159,6 +159,22 @@ def test_a_sharded_run_goes_on_with_twice_the_ranks(root: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_four_ranks_that_are_stopped_and_resumed_end_with_the_very_same_weights(strategy: str, root: Path) -> None:
+    """Four: the order of a sum of two ranks' gradients changes nothing."""
+    short = [f"trainer.max_steps={n}" for n in (1, 2, 3)]
+    cases = ["clip", "upsampler"]
+    on_ranks(4, runs(strategy, 4, cases, folder=f"calm-{strategy}"), root)
+    for limit in [*short, f"trainer.max_steps={STEPS}"]:
+        on_ranks(4, runs(strategy, 4, cases, limit, folder=f"cut-{strategy}"), root)
+    for case in cases:
+        calm, cut = (root / f"{way}-{strategy}" / case for way in ("calm", "cut"))
+        assert (cut / "artifact" / "weights.safetensors").read_bytes() == (
+            calm / "artifact" / "weights.safetensors"
+        ).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_four_ranks_train_and_report_as_one_process_does(strategy: str, root: Path) -> None:
     cases = [case for case in CASES if case != "clip-locked"]
     on_ranks(4, runs(strategy, 4, cases), root)

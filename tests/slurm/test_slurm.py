@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tests_support import TINY, command
+from tests_support import TINY, command, run_command
 
 from unclip.artifact import Manifest, save
 from unclip.config import to_plain
-from unclip.data.embed import EmbedConfig, embed
 from unclip.data.shards import ShardWriter
 from unclip.models.clip import CLIP, CLIPConfig
 
@@ -147,6 +146,7 @@ def done(slurm: Cluster, root: Path) -> Done:
     """All jobs at once; the one in ``cut`` is interrupted three times and sees the controller go."""
     ranks = ["trainer.devices=2", "trainer.num_nodes=2", f"trainer.max_steps={STEPS}"]
     cut = Job(slurm, root, "cut", STEPS)
+    cut.interrupt(Job.preempted)  # first: it would take all jobs of the partition
     whole = hydra(slurm, root, *TRAIN, *ranks, "run=whole")
     cut.interrupt(Job.signalled)
     wrong = hydra(slurm, root, *TRAIN, "run=wrong", "optim.lr=fast")
@@ -162,7 +162,6 @@ def done(slurm: Cluster, root: Path) -> Done:
     slurm.restart_controller()
     said = [ended(process) for process in (whole, wrong, parts)]
     slurm.wait(array, failing)
-    cut.interrupt(Job.preempted)
     slurm.wait(cut.id)
     return Done(cut, *said, array, failing)
 
@@ -199,9 +198,8 @@ def test_a_command_that_fails_is_tried_again_up_to_max_restarts(done: Done, root
     assert "not started again: exit code 1, and MAX_RESTARTS=1 is reached" in log
 
 
-def test_arrays_write_the_embeddings_of_one_process(done: Done, root: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(root)
-    embed(EmbedConfig(run="by-one", clip="clip", data="data", device="cpu"))
+def test_arrays_write_the_embeddings_of_one_process(done: Done, root: Path):
+    run_command("unclip-embed", "run=by-one", "clip=clip", "data=data", "device=cpu", cwd=root)
     assert done.cut.slurm.states(done.array) == ["COMPLETED"] * 2
     assert "exit code 0" in done.parts
     wanted = files(root / "by-one")

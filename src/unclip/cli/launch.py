@@ -188,7 +188,7 @@ def _wait(ids: list[str]) -> None:
         if known and not left:
             return
         time.sleep(pause)
-        pause = min(30.0, 1.2 * pause)
+        pause = min(10.0, 1.2 * pause)
 
 
 def _result(job: "SlurmJob[Any]", task: Task) -> JobReturn:

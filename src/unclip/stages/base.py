@@ -11,7 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import ModelParallelStrategy, ParallelStrategy
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy, ParallelStrategy
 from torch import Tensor
 
 from unclip.config import OnNonfinite, OptimConfig, TrainerConfig
@@ -57,6 +57,7 @@ class Stage(pl.LightningModule):
         self.validated_at = -1  # the step of the last validation, and what it found
         self.val_metrics: dict[str, float] = {}
         self.is_sharded = False
+        self._rehearsed = self._rehearsing = False
         self.bind()
 
     def bind(self) -> None:
@@ -89,7 +90,28 @@ class Stage(pl.LightningModule):
     def noise(self, batch: Batch) -> Noise:
         return Noise.at(self.seed, batch.position, self.device)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Before the first step of this process: the same gradients once more, for nothing, where more than two ranks sum them.
+
+        DDP lays its gradients out anew after its first pass, in the order in which they came. The sum over more than two ranks is
+        taken in an order that depends on the place in that layout, so a resumed run would round its first step otherwise than
+        an undisturbed one does.
+        """
+        first, self._rehearsed = not self._rehearsed, True
+        if first and isinstance(self.trainer.strategy, DDPStrategy) and self.trainer.world_size > 2:
+            buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+            self._rehearsing = True
+            self.trainer.strategy.training_step(batch, batch_idx)
+            self._rehearsing = False
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        if self._rehearsing:
+            self._backward(batch)
+            self.adamw.zero_grad(set_to_none=True)
+            return
         terms = self._gradients(batch)
         if self.is_sharded:
             average_scalars(self.model)
