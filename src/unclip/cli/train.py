@@ -9,6 +9,7 @@ from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from unclip.errors import ArtifactError, ConfigError, DivergedError, told_to_the_user
@@ -140,11 +141,14 @@ def _drop_launch(raw: DictConfig) -> None:
 
 @contextmanager
 def _noted(raw: DictConfig) -> Iterator[None]:
-    """Around a command: ``error.json`` in its run says that a setting or an artifact is wrong."""
+    """Around a command: ``error.json`` in its run says that a setting or an artifact is wrong, for what starts it again.
+
+    Not in a sweep, which ends there and leaves no trace of a trial that was not to be.
+    """
     try:
         yield
     except (ConfigError, ArtifactError) as error:
-        if not OmegaConf.is_missing(raw, "run"):
+        if not OmegaConf.is_missing(raw, "run") and HydraConfig.get().mode is not RunMode.MULTIRUN:
             note(Path(raw.run), ERROR, kind=type(error).__name__, message=str(error))
         raise
 
