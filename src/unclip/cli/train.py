@@ -1,6 +1,7 @@
 """The Hydra commands: train-clip, train-prior, train-decoder, train-upsampler, unclip-embed and unclip-evaluate."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -143,12 +144,13 @@ def _drop_launch(raw: DictConfig) -> None:
 def _noted(raw: DictConfig) -> Iterator[None]:
     """Around a command: ``error.json`` in its run says that a setting or an artifact is wrong, for what starts it again.
 
-    Not in a sweep, which ends there and leaves no trace of a trial that was not to be.
+    Outside of SLURM a sweep ends there, and leaves no trace of a trial that was not to be.
     """
+    told = "SLURM_JOB_ID" in os.environ or HydraConfig.get().mode is not RunMode.MULTIRUN
     try:
         yield
     except (ConfigError, ArtifactError) as error:
-        if not OmegaConf.is_missing(raw, "run") and HydraConfig.get().mode is not RunMode.MULTIRUN:
+        if told and not OmegaConf.is_missing(raw, "run"):
             note(Path(raw.run), ERROR, kind=type(error).__name__, message=str(error))
         raise
 
