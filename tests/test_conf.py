@@ -189,3 +189,11 @@ def test_sam_is_refused_where_gradients_are_sharded():
 def test_what_sharding_does_not_go_with_is_refused(given: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
         composed("train_clip", ["run=r", "data.path=d", *given])
+
+
+def test_a_group_keeps_the_settings_that_are_not_named():
+    cfg = composed("train_decoder", [*ROOTS["train_decoder"][1], "model.diffusion.num_timesteps=500"])
+    assert (cfg.model.diffusion.num_timesteps, cfg.model.diffusion.learned_variance) == (500, True)
+    assert cfg.model.diffusion.clip_range == 1.0
+    cfg = composed("train_decoder", [*ROOTS["train_decoder"][1], "model.sampling.guidance.scale=3"])
+    assert (cfg.model.sampling.guidance.scale, cfg.model.sampling.sampler.num_steps) == (3.0, 250)

@@ -216,11 +216,32 @@ def _build(raw: dict[str, Any], cls: type[T], path: str) -> T:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(sorted(fields))}"
             raise ConfigError(f"unknown option '{name}'; {hint}")
-    values = {key: _value(value, hints[key], f"{path}.{key}".lstrip(".")) for key, value in raw.items()}
+    filled = {key: _filled(value, fields[key]) for key, value in raw.items()}
+    values = {key: _value(value, hints[key], f"{path}.{key}".lstrip(".")) for key, value in filled.items()}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from error
+
+
+def _filled(value: Any, field: "dataclasses.Field[Any]") -> Any:
+    """A group of settings with those that it does not name as the field's own default has them, which may not be its class's."""
+    if not isinstance(value, dict) or field.default_factory is dataclasses.MISSING:
+        return value
+    default = field.default_factory()
+    if not dataclasses.is_dataclass(default) or "kind" in value:
+        return value
+    return _over(to_plain(default), value)
+
+
+def _over(default: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **default,
+        **{
+            k: _over(default[k], v) if isinstance(v, dict) and isinstance(default.get(k), dict) else v
+            for k, v in value.items()
+        },
+    }
 
 
 def _value(value: Any, hint: Any, name: str) -> Any:
