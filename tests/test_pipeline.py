@@ -1,15 +1,18 @@
 """The pipeline on freshly built models: one seed is one picture, in any batch."""
 
 import logging
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tiny_chain import CONFIGS, random_weights, tiny_stages
+from tiny_chain import CONFIGS, random_weights, tiny_stages, write_tiny_chain
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unclip.artifact import Manifest
 from unclip.cli.pictures import Overrides
-from unclip.config import from_plain
+from unclip.config import Precision, from_plain
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.errors import ArtifactError, ConfigError
 from unclip.models import REGISTRY, build
@@ -98,3 +101,37 @@ def test_a_z_i_that_is_not_finite_is_named(pipeline: UnCLIP):
     cond.image_emb[1, 0] = torch.nan
     with pytest.raises(ValueError, match=r"z_i of row 1 is not finite \(1 of the batch\)"):
         pipeline.decode(cond, [0, 1, 2])
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each parameter is cast to bfloat16, by its place in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = Counter[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16:
+            self.found[args[0].data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+    def most(self, model: torch.nn.Module) -> int:
+        """Of the casts of one parameter, the largest number."""
+        return max(self.found[p.data_ptr()] for p in model.parameters())
+
+
+def test_a_sampling_run_in_bfloat16_casts_each_weight_once(tmp_path: Path):
+    unclip = UnCLIP.load(write_tiny_chain(tmp_path), device="cpu", precision=Precision.bf16)
+
+    def drawn() -> tuple[dict[str, int], torch.Tensor]:
+        with Casts() as casts:
+            (picture,) = unclip.generate(["a red cube"], seed=3)
+        return {name: casts.most(model) for name, model in unclip.models.items()}, picture.image
+
+    most, image = drawn()
+    assert most == {"clip": 1, "prior": 1, "decoder": 1, "upsampler": 1}
+    for model in unclip.models.values():
+        model.requires_grad_(False)
+    again, frozen = drawn()
+    assert again["decoder"] >= 3, "at every step, where autocast keeps nothing"
+    assert torch.equal(image, frozen)

@@ -171,7 +171,7 @@ def evaluate_prior(cfg: PriorEvaluateConfig) -> dict[str, Any]:
         raise ConfigError("data.val_split is null; name the split to evaluate on, such as data.val_split=test")
     loaded, manifest = artifact.load(cfg.prior, kind="prior")
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
-    model: Any = loaded.to(device)
+    model: Any = loaded.to(device).requires_grad_(True)  # autocast only keeps the casts of such weights
     how = with_changes(model.default_sampling(), cfg.sampling)
     data = UnclipData(_one_split(cfg.data), cfg.seed, cfg.batch_size, needs=model.cfg.columns)
     if data.interface.clip != manifest.interface["clip"]:
