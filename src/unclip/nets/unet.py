@@ -122,8 +122,9 @@ def modulated_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) 
     """
     if not x.is_cpu:
         return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
-    scale = 1 + scale.float()
-    gain, bias = norm.weight.float() * scale, torch.addcmul(shift.float(), norm.bias.float(), scale)
+    wide = torch.promote_types(scale.dtype, torch.float32)
+    scale = 1 + scale.to(wide)
+    gain, bias = norm.weight.to(wide) * scale, torch.addcmul(shift.to(wide), norm.bias.to(wide), scale)
     channels = x.reshape(1, -1, *x.shape[2:])
     h = F.group_norm(channels, len(x) * norm.num_groups, gain.flatten(), bias.flatten(), norm.eps)
     return h.view(x.shape)
