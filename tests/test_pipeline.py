@@ -58,6 +58,16 @@ def test_sampling_settings_are_obeyed(pipeline: UnCLIP):
     assert len(calls) == 3, "guidance is one batched forward a step"
 
 
+def test_heun_may_take_nearly_twice_the_timesteps(pipeline: UnCLIP):
+    """It visits one level for two evaluations."""
+    most = Overrides(decoder_steps=1999, decoder_sampler="heun").apply(pipeline).decoder
+    assert most is not None
+    assert (most.sampler.name, most.sampler.num_levels) == (Sampler.heun, 1000)
+    for steps, sampler in ((2000, "heun"), (1001, "ddim"), (1001, None)):
+        with pytest.raises(ConfigError, match=f"was trained with 1000 timesteps; it cannot sample in {steps}"):
+            Overrides(decoder_steps=steps, decoder_sampler=sampler).apply(pipeline)
+
+
 @pytest.mark.parametrize("name", ["identity", "linear_prior", "mlp_prior", "eclipse_prior"])
 def test_any_prior_feeds_the_decoder(pipeline: UnCLIP, name: str):
     stages = {key: (model, pipeline.manifests[key], Path(key)) for key, model in pipeline.models.items()}

@@ -107,6 +107,18 @@ def test_the_second_net_takes_the_last_steps_and_learns_their_noise_levels():
     assert_close(steps.float().mean(), torch.tensor(166.0), atol=5, rtol=0)
 
 
+def test_with_heun_the_second_net_takes_levels_of_which_there_are_half():
+    sampling = replace(DDIM, sampler=SamplerConfig(Sampler.heun, 7))
+    model = make(last_steps=1, diffusion=X0, sampling=sampling)
+    model.net, model.last_net = Constant(-0.5), Constant(0.25)  # type: ignore[assignment]
+    model.sample(torch.zeros(1, 3, 8, 8), sampling, Noise([0]))
+    assert [step for step, _ in model.net.seen] == [999, 666, 666, 333, 333]
+    assert [step for step, _ in model.last_net.seen] == [0, 0]
+    assert 328 < model.last_diffusion.draw_steps(Noise(range(4000))).max() < 333
+    with pytest.raises(ValueError, match="nothing is left for the first one"):
+        make(last_steps=3, sampling=replace(DDIM, sampler=SamplerConfig(Sampler.heun, 4)))
+
+
 def test_a_second_net_wants_the_run_of_one_like_it(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"give its run with model\.first=RUN"):
         make(last_steps=1).fit(None)

@@ -24,7 +24,7 @@ from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.errors import ConfigError
 from unclip.evaluation.sheet import draw_gallery, draw_table, save_picture
 from unclip.manipulate import INVERTIBLE, check_share
-from unclip.models.sampling import AnyPriorSampling, ARSampling, DiffusionSampling, NoSampling
+from unclip.models.sampling import AnyPriorSampling, ARSampling, DiffusionSampling, NoSampling, changed
 from unclip.pipeline import Memory, Picture, Sampling, UnCLIP
 from unclip.recipe import from_png, text_chunks, to_image
 
@@ -94,21 +94,10 @@ def _changed(
     pipeline: UnCLIP, stage: str, how: Any, steps: int | None, scale: float | None, sampler: str | None
 ) -> Any:
     """The sampling settings ``how`` of a stage with these in their place."""
-    longest = pipeline.configs[stage].diffusion.num_timesteps
-    if steps is not None and steps > longest:
-        raise ConfigError(f"the {stage} was trained with {longest} timesteps; it cannot sample in {steps}: take fewer")
     if sampler is not None and sampler not in Sampler.__members__:
         raise ConfigError(f"there is no sampler {sampler}; choose one of {', '.join(Sampler.__members__)}")
-    try:
-        if sampler is not None and Sampler[sampler] is not how.sampler.name:
-            how = replace(how, sampler=replace(how.sampler, name=Sampler[sampler], eta=None))
-        if steps is not None:
-            how = replace(how, sampler=replace(how.sampler, num_steps=steps))
-        if scale is not None:
-            how = replace(how, guidance=replace(how.guidance, scale=scale))
-    except ValueError as error:
-        raise ConfigError(f"the {stage}: {error}") from error
-    return how
+    longest = pipeline.configs[stage].diffusion.num_timesteps
+    return changed(how, stage, longest, steps, scale, None if sampler is None else Sampler[sampler])
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from unclip.data.batch import Batch
 from unclip.data.datamodule import trim
 from unclip.data.embeddings import COLUMNS, EMPTY_CAPTION, lengths
 from unclip.data.embeddings_writer import EmbeddingsWriter
-from unclip.data.parallel import in_order
+from unclip.data.parallel import in_order, num_cores
 from unclip.data.remote import RemoteConfig, is_url
 from unclip.data.shards import Shards
 from unclip.data.variants import Crops, Variants, captions_of
@@ -273,8 +273,7 @@ def _encoded(
     elif device.type == "cpu":  # one batch a core: no thread waits for another within an operation
         parts = in_order(lambda step: encode(read(step)), range(len(chunks)), torch.get_num_threads())
     else:
-        threads = min(8, len(os.sched_getaffinity(0)))
-        parts = map(encode, in_order(read, range(len(chunks)), threads))
+        parts = map(encode, in_order(read, range(len(chunks)), min(8, num_cores())))
     counted = zip(chunks, parts, strict=True)
     for job, group in itertools.groupby(counted, key=lambda item: item[0][0]):
         found = []

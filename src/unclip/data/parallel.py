@@ -1,5 +1,6 @@
 """Work in threads with the results in order."""
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,3 +34,8 @@ def in_order(function: Callable[[T], R], items: Iterable[T], num_threads: int) -
             future.cancel()
         pool.shutdown(wait=True)
         torch.set_num_threads(before)  # the number is what threads to come start with
+
+
+def num_cores() -> int:
+    """Cores that this process may use. macOS and Windows do not say: there it is all of them."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,12 +1,14 @@
 """How the models turn conditions into samples: typed settings, one object per model."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.samplers import Sampler, SamplerConfig
+from unclip.errors import ConfigError
 
 
 @dataclass
@@ -26,6 +28,38 @@ class DiffusionSampling:
             raise ValueError(
                 "sampler.name=analytic is for diffusion priors; here take ancestral, ddim, dpmpp_2m, unipc or heun"
             )
+
+
+D = TypeVar("D", bound=DiffusionSampling)
+
+
+def changed(
+    how: D,
+    stage: str,
+    longest: int,
+    steps: int | None = None,
+    scale: float | None = None,
+    sampler: Sampler | None = None,
+) -> D:
+    """``how`` with other steps, another guidance scale or another sampler; None keeps its own.
+
+    Raises :class:`ConfigError`, which names the ``stage``, for settings that contradict each other and for a sampler that
+    would visit more levels than the ``longest`` timesteps that the stage was trained with.
+    """
+    try:
+        if sampler is not None and sampler is not how.sampler.name:
+            how = replace(how, sampler=replace(how.sampler, name=sampler, eta=None))
+        if steps is not None:
+            how = replace(how, sampler=replace(how.sampler, num_steps=steps))
+        if scale is not None:
+            how = replace(how, guidance=replace(how.guidance, scale=scale))
+    except ValueError as error:
+        raise ConfigError(f"the {stage}: {error}") from error
+    if how.sampler.num_levels > longest:
+        raise ConfigError(
+            f"the {stage} was trained with {longest} timesteps; it cannot sample in {how.sampler.num_steps}: take fewer"
+        )
+    return how
 
 
 @dataclass

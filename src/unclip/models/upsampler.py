@@ -86,7 +86,7 @@ class UpsamplerConfig(ModelConfig):
                 f"sampling.noise_level is {how.noise_level}, but training knows noise up to "
                 f"max_noise={self.max_noise}: raise max_noise or lower the level"
             )
-        if how.sampler.num_steps <= self.last_steps:
+        if how.sampler.num_levels <= self.last_steps:
             raise ConfigError(
                 f"sampling.sampler.num_steps is {how.sampler.num_steps}, of which the second net takes {self.last_steps}: "
                 "nothing is left for the first one; take more steps"
@@ -124,7 +124,7 @@ class Upsampler(nn.Module):
         if cfg.last_steps:
             self.last_net = UpsamplerNet(cfg.net, out_channels, cfg.max_noise > 0, cfg.residual)
             self.net.requires_grad_(False)
-            self.last_diffusion = _LastSteps(cfg.diffusion, cfg.last_steps / (cfg.sampling.sampler.num_steps - 1))
+            self.last_diffusion = _LastSteps(cfg.diffusion, cfg.last_steps / (cfg.sampling.sampler.num_levels - 1))
 
     def fit(self, embeddings: Any) -> None:
         """Before training: with a second net, take both nets' weights from the run ``first``. ConfigError for another's."""

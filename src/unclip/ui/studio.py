@@ -5,7 +5,6 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from unclip.evaluation.sheet import save_picture
 from unclip.jobs import Picture, Sampling
 from unclip.loading import folders_of
 from unclip.manipulate import INVERTIBLE
+from unclip.models.sampling import changed
 from unclip.pipeline import UnCLIP
 from unclip.recipe import text_chunks, to_image
 from unclip.report.run import is_run
@@ -135,16 +135,7 @@ def decoder_sampling(chain: UnCLIP, steps: int | None, guidance: float | None, i
     """The decoder's own settings, or for ``invertible`` DDIM, with steps and guidance in their place."""
     how = INVERTIBLE if invertible else chain.defaults["decoder"]
     longest = chain.configs["decoder"].diffusion.num_timesteps
-    if steps is not None and steps > longest:
-        raise ConfigError(f"the decoder was trained with {longest} timesteps; it cannot sample in {steps}: take fewer")
-    try:
-        if steps is not None:
-            how = replace(how, sampler=replace(how.sampler, num_steps=steps))
-        if guidance is not None:
-            how = replace(how, guidance=replace(how.guidance, scale=guidance))
-    except ValueError as error:
-        raise ConfigError(f"the decoder: {error}") from error
-    return Sampling(decoder=how)
+    return Sampling(decoder=changed(how, "decoder", longest, steps, guidance))
 
 
 def squares(pictures: list[Tensor]) -> Tensor:
