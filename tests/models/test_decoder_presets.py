@@ -1,12 +1,16 @@
 """The decoders of table 3, of Karlo and ours by their sizes: each is built on the meta device, its parameters are counted."""
 
+import math
+from dataclasses import replace
+
 import pytest
 from hydra import compose, initialize_config_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
 
 from unclip.cli.train import CONF
 from unclip.config import typed
-from unclip.diffusion.gaussian import Predict
+from unclip.diffusion.gaussian import GaussianDiffusion, Predict
 from unclip.diffusion.samplers import Sampler
 from unclip.diffusion.schedule import ScheduleName
 from unclip.models import Interface, build
@@ -80,6 +84,9 @@ def test_the_base_of_128_pixels():
     assert decoder.cfg.image_size == 128
     assert [128 // 2**level for level in decoder.cfg.net.attention_levels] == [32, 16, 8]
     assert count(decoder) == 451_728_131
+    cosine = replace(decoder.cfg.diffusion, resolution=None)
+    shifted, plain = (GaussianDiffusion(cfg).schedule.half_log_snr[::100] for cfg in (decoder.cfg.diffusion, cosine))
+    assert_close(shifted, plain - math.log(2), atol=1e-4, rtol=1e-4)  # twice the noise for twice the side
 
 
 def test_the_tiny_decoder_is_tiny():
