@@ -11,7 +11,8 @@ from tiny_chain import CONFIGS, random_weights, tiny_stages, write_tiny_chain
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unclip.artifact import Manifest
-from unclip.cli.pictures import Overrides
+from unclip.cli.options import Overrides
+from unclip.cli.pictures import sampling
 from unclip.config import Precision, from_plain
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.errors import ArtifactError, ConfigError
@@ -60,12 +61,12 @@ def test_sampling_settings_are_obeyed(pipeline: UnCLIP):
 
 def test_heun_may_take_nearly_twice_the_timesteps(pipeline: UnCLIP):
     """It visits one level for two evaluations."""
-    most = Overrides(decoder_steps=1999, decoder_sampler="heun").apply(pipeline).decoder
+    most = sampling(Overrides(decoder_steps=1999, decoder_sampler="heun"), pipeline).decoder
     assert most is not None
     assert (most.sampler.name, most.sampler.num_levels) == (Sampler.heun, 1000)
     for steps, sampler in ((2000, "heun"), (1001, "ddim"), (1001, None)):
         with pytest.raises(ConfigError, match=f"was trained with 1000 timesteps; it cannot sample in {steps}"):
-            Overrides(decoder_steps=steps, decoder_sampler=sampler).apply(pipeline)
+            sampling(Overrides(decoder_steps=steps, decoder_sampler=sampler), pipeline)
 
 
 @pytest.mark.parametrize("name", ["identity", "linear_prior", "mlp_prior", "eclipse_prior"])
@@ -75,12 +76,12 @@ def test_any_prior_feeds_the_decoder(pipeline: UnCLIP, name: str):
     model = random_weights(build(from_plain(raw, REGISTRY[name][0]), pipeline.models["clip"].interface()))
     stages["prior"] = (model, Manifest("prior", name, raw, {"clip": "c"}, hash=name), Path("prior"))
     chain = UnCLIP(stages)
-    one, other = chain.generate(["a red cube"], num=2, seed=0, how=Overrides().apply(chain))
+    one, other = chain.generate(["a red cube"], num=2, seed=0, how=sampling(Overrides(), chain))
     assert one.image.shape == (3, 32, 32)
     assert (one.image.float() - other.image.float()).abs().mean() > 1, "the decoder still has its own noise"
     for refused in (Overrides(candidates=2), Overrides(prior_steps=3), Overrides(prior_guidance=1.0)):
         with pytest.raises(ConfigError, match=f"a {name}, has one answer for a caption"):
-            refused.apply(chain)
+            sampling(refused, chain)
 
 
 def test_stages_of_two_clips_are_refused(pipeline: UnCLIP):

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from unclip.cli.draw import BatchSize, DecoderGuidance, Json, Out, Pictures, Runs, Seed
+from unclip.cli.options import BatchSize, DecoderGuidance, Json, Out, Pictures, Runs, Seed
 
 Steps = Annotated[int, typer.Option(min=1, help="DDIM steps, forwards and backwards.")]
 

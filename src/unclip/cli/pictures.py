@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from unclip.cli.options import Overrides, Request
 from unclip.config import Precision
 from unclip.data.shards import Shards
 from unclip.data.transforms import load_image, read_image, square, to_pil, to_tensor
@@ -29,65 +30,48 @@ from unclip.pipeline import Memory, Picture, Sampling, UnCLIP
 from unclip.recipe import from_png, text_chunks, to_image
 
 
-@dataclass
-class Overrides:
-    """Sampling settings from the command line; None keeps what the artifact says."""
+def sampling(options: Overrides, pipeline: UnCLIP, invertible: bool = False) -> Sampling:
+    """The artifacts' own settings with the options in their place; ``invertible``: DDIM without guidance is the decoder's own.
 
-    candidates: int | None = None
-    prior_steps: int | None = None
-    prior_guidance: float | None = None
-    decoder_steps: int | None = None
-    decoder_guidance: float | None = None
-    upsampler_steps: int | None = None
-    prior_sampler: str | None = None
-    decoder_sampler: str | None = None
-    upsampler_sampler: str | None = None
-    size: str | None = None
-    stop_after: str | None = None
+    Raises :class:`ConfigError` for what a stage cannot do.
+    """
+    own = INVERTIBLE if invertible else pipeline.defaults["decoder"]
+    decoder = (options.decoder_steps, options.decoder_guidance, options.decoder_sampler)
+    upsampler = (options.upsampler_steps, None, options.upsampler_sampler)
+    last = options.stop_after
+    if last == "upsampler" and pipeline.upsamplers:  # the first one, where there are several
+        last = pipeline.upsamplers[0]
+    return Sampling(
+        prior=_prior_sampling(options, pipeline),
+        decoder=_changed(pipeline, "decoder", own, *decoder),
+        upsamplers={n: _changed(pipeline, n, pipeline.defaults[n], *upsampler) for n in pipeline.upsamplers},
+        size=None if options.size is None else parse_size(options.size),
+        last=last,
+    )
 
-    def apply(self, pipeline: UnCLIP, invertible: bool = False) -> Sampling:
-        """The artifacts' own settings with these in their place; ``invertible``: DDIM without guidance is the decoder's own.
 
-        Raises :class:`ConfigError` for what a stage cannot do.
-        """
-        own = INVERTIBLE if invertible else pipeline.defaults["decoder"]
-        upsampler = (self.upsampler_steps, None, self.upsampler_sampler)
-        return Sampling(
-            prior=self._prior(pipeline),
-            decoder=_changed(pipeline, "decoder", own, self.decoder_steps, self.decoder_guidance, self.decoder_sampler),
-            upsamplers={n: _changed(pipeline, n, pipeline.defaults[n], *upsampler) for n in pipeline.upsamplers},
-            size=None if self.size is None else parse_size(self.size),
-            last=self._last(pipeline),
-        )
-
-    def _last(self, pipeline: UnCLIP) -> str | None:
-        """``upsampler`` is the first one, where there are several."""
-        if self.stop_after == "upsampler" and pipeline.upsamplers:
-            return pipeline.upsamplers[0]
-        return self.stop_after
-
-    def _prior(self, pipeline: UnCLIP) -> AnyPriorSampling | None:
-        if "prior" not in pipeline.manifests:
-            return None
-        how, name = pipeline.defaults["prior"], pipeline.manifests["prior"].model
-        diffusing = (self.prior_steps, self.prior_guidance, self.prior_sampler)
-        if isinstance(how, NoSampling):
-            if any(value is not None for value in (self.candidates, *diffusing)):
+def _prior_sampling(options: Overrides, pipeline: UnCLIP) -> AnyPriorSampling | None:
+    if "prior" not in pipeline.manifests:
+        return None
+    how, name = pipeline.defaults["prior"], pipeline.manifests["prior"].model
+    diffusing = (options.prior_steps, options.prior_guidance, options.prior_sampler)
+    if isinstance(how, NoSampling):
+        if any(value is not None for value in (options.candidates, *diffusing)):
+            raise ConfigError(
+                f"the prior of this chain, a {name}, has one answer for a caption: leave out --candidates, "
+                "--prior-steps, --prior-guidance and --prior-sampler"
+            )
+        return how
+    if isinstance(how, ARSampling):
+        for option, value in (("--prior-steps", options.prior_steps), ("--prior-sampler", options.prior_sampler)):
+            if value is not None:
                 raise ConfigError(
-                    f"the prior of this chain, a {name}, has one answer for a caption: leave out --candidates, "
-                    "--prior-steps, --prior-guidance and --prior-sampler"
+                    f"the prior of this chain ({name}) draws code by code, not in steps: leave out {option}"
                 )
-            return how
-        if isinstance(how, ARSampling):
-            for option, value in (("--prior-steps", self.prior_steps), ("--prior-sampler", self.prior_sampler)):
-                if value is not None:
-                    raise ConfigError(
-                        f"the prior of this chain ({name}) draws code by code, not in steps: leave out {option}"
-                    )
-            how = how if self.prior_guidance is None else replace(how, guidance_scale=self.prior_guidance)
-        else:
-            how = _changed(pipeline, "prior", how, *diffusing)
-        return how if self.candidates is None else replace(how, num_candidates=self.candidates)
+        how = how if options.prior_guidance is None else replace(how, guidance_scale=options.prior_guidance)
+    else:
+        how = _changed(pipeline, "prior", how, *diffusing)
+    return how if options.candidates is None else replace(how, num_candidates=options.candidates)
 
 
 def _changed(
@@ -133,26 +117,15 @@ def ddim_sampling(steps: int, guidance: float | None = None) -> DiffusionSamplin
     return DiffusionSampling(SamplerConfig(Sampler.ddim, steps), Guidance(1.0 if guidance is None else guidance))
 
 
-@dataclass
-class Request:
-    """What the drawing commands have in common."""
-
-    runs: Path
-    out: Path
-    seed: int = 0
-    batch_size: int = 16
-    precision: str = "fp32"
-    memory: str = "all"
-    as_json: bool = False
-    overrides: Overrides = field(default_factory=Overrides)
-
-    def load(self) -> UnCLIP:
-        """The chain, as asked for."""
-        if self.precision not in Precision.__members__:
-            raise ConfigError(f"--precision {self.precision} is not one of {', '.join(Precision.__members__)}")
-        if self.memory not in Memory.__members__:
-            raise ConfigError(f"--keep-in-memory {self.memory} is not one of {', '.join(Memory.__members__)}")
-        return UnCLIP.load(self.runs, precision=Precision[self.precision], keep_in_memory=Memory[self.memory])
+def load(request: Request) -> UnCLIP:
+    """The chain, as asked for."""
+    if request.precision not in Precision.__members__:
+        raise ConfigError(f"--precision {request.precision} is not one of {', '.join(Precision.__members__)}")
+    if request.keep_in_memory not in Memory.__members__:
+        raise ConfigError(f"--keep-in-memory {request.keep_in_memory} is not one of {', '.join(Memory.__members__)}")
+    return UnCLIP.load(
+        request.runs, precision=Precision[request.precision], keep_in_memory=Memory[request.keep_in_memory]
+    )
 
 
 Draw = Callable[[UnCLIP, Sampling, Callable[[int, int], None]], Iterator[Picture]]
@@ -160,10 +133,10 @@ Draw = Callable[[UnCLIP, Sampling, Callable[[int, int], None]], Iterator[Picture
 
 def write_drawn(request: Request, draw: Draw, *, per_row: int, invertible: bool = False) -> list[Picture]:
     """Draw, write ``NNNN-title-seed.png`` files and ``sheet.png`` to ``request.out``, and say so."""
-    if request.overrides.stop_after == "prior":
+    if request.stop_after == "prior":
         raise ConfigError("--stop-after prior is for `unclip generate`: nothing else begins with the prior")
-    pipeline = request.load()
-    how = request.overrides.apply(pipeline, invertible)
+    pipeline = load(request)
+    how = sampling(request, pipeline, invertible)
     found, rows = [], []
     with bar_of(request.as_json) as progress:
         for i, picture in enumerate(draw(pipeline, how, progress)):
@@ -215,8 +188,8 @@ def read_lines(path: Path | None) -> list[str]:
 
 def write_embeddings(request: Request, captions: list[str], num: int, negative: str | None) -> None:
     """What the prior makes of captions: ``image_emb.npy`` (N, D) float32 and ``rows.json`` below ``request.out``."""
-    pipeline = request.load()
-    how = replace(request.overrides, stop_after=None).apply(pipeline)
+    pipeline = load(request)
+    how = sampling(replace(request, stop_after=None), pipeline)
     with bar_of(request.as_json) as progress:
         z_i = pipeline.sample_embeddings(
             captions,
