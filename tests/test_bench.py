@@ -1,14 +1,8 @@
 """Every benchmark runs at its smallest size and ends in the JSON line that it promises. No test reads a time."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from tests_support import environment
+from bench_scripts import BENCH, smoke
 
-BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 ELSEWHERE = {"prior", "draws", "decoder"}  # test_bench_prior.py, test_bench_decoder.py
 MAIN = 'if __name__ == "__main__":'
 SCRIPTS = (
@@ -31,12 +25,7 @@ def test_what_every_benchmark_promises_is_known():
 
 @pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_smoke(name: str):
-    done = subprocess.run(
-        [sys.executable, str(BENCH / f"{name}.py"), "--smoke"],
-        capture_output=True, text=True, timeout=240, env=environment(), check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    _, said = smoke(name)
     ratios = {key for key, value in said.items() if key != "settings" and isinstance(value, dict)}
     assert (said["benchmark"], ratios) == (name, RATIOS[name])
     for ratio in ratios:

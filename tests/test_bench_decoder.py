@@ -1,38 +1,14 @@
 """The decoder's benchmark at its smallest, and the FLOPs that it counts. No test reads a time."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import pytest
 import torch
+from bench_scripts import PEER, module, smoke
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
-PEER = BENCH.parents[1] / ".venv-peer" / "bin" / "python"
-
-
-def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, loaded)
-    spec.loader.exec_module(loaded)
-    return loaded
-
 
 def test_smoke_prints_every_ratio_at_equal_parameters():
-    command = [sys.executable, str(BENCH / "decoder.py"), "--smoke"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    _, said = smoke("decoder")
     wanted = {"gemm_peak_share"}
     built = said["settings"]["built"]
     assert built["unclip"]["gflop"] > 0

@@ -1,41 +1,16 @@
 """The benchmarks of the prior at their smallest: they run, and say what they promise. No test reads a time."""
 
-import importlib.util
-import json
 import os
-import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+from bench_scripts import BENCH, PEER, module, smoke
 
 from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.models.interface import Interface
-
-BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
-PEER = BENCH.parents[1] / ".venv-peer" / "bin" / "python"
-
-
-def module(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(BENCH))
-    spec = importlib.util.spec_from_file_location(f"bench_{name}", BENCH / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, loaded)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def smoke(name: str, *arguments: str) -> tuple[str, dict]:
-    """What the benchmark printed, and its last line as JSON."""
-    command = [sys.executable, str(BENCH / f"{name}.py"), "--smoke", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, json.loads(done.stdout.splitlines()[-1])
 
 
 def ratios_against(peer: str) -> set[str]:
@@ -58,15 +33,12 @@ def test_prior_measures_every_ratio_at_equal_parameters():
 
 @pytest.mark.slow
 def test_prior_runs_without_the_peer(tmp_path: Path):
-    for name in ("prior.py", "peer_worker.py", "turns.py"):  # a checkout that has no .venv-peer
-        (tmp_path / "scripts" / "bench").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "scripts" / "bench" / name).write_text((BENCH / name).read_text())
-    command = [sys.executable, str(tmp_path / "scripts" / "bench" / "prior.py"), "--smoke"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "UNCLIP_REQUIRE": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    folder = tmp_path / "scripts" / "bench"  # of a checkout that has no .venv-peer
+    folder.mkdir(parents=True)
+    for name in ("prior.py", "peer_worker.py", "turns.py"):
+        (folder / name).write_text((BENCH / name).read_text())
+    done, found = smoke("prior", folder=folder, UNCLIP_REQUIRE="")
     assert "make it with: make .venv-peer/ready" in done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
     assert ratios_against("diffusers") <= set(found)
     assert not ratios_against("dalle2_pytorch") & set(found)
 
@@ -127,10 +99,10 @@ def test_every_side_counts_and_ranks_alike(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_draws_prints_a_table_and_the_figures():
-    printed, found = smoke("draws", "--seeds", "2")
+    done, found = smoke("draws", "--seeds", "2")
     assert {f"loss_{k}" for k in (1, 2, 4, 8)} | {f"cosine_{k}" for k in (1, 2, 4, 8)} <= set(found)
     assert {"speedup_2", "speedup_4", "speedup_8"} <= set(found)
-    assert [line.split()[0] for line in printed.splitlines()[:5]] == ["K", "1", "2", "4", "8"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[:5]] == ["K", "1", "2", "4", "8"]
     cells = found["settings"]["curves"]
     assert [(cell["draws"], cell["seed"]) for cell in cells] == [(k, seed) for seed in (0, 1) for k in (1, 2, 4, 8)]
     starts = {(cell["seed"], *cell["seconds_loss_cosine"][0]) for cell in cells}
