@@ -34,17 +34,13 @@ def test_a_missing_weights_file_is_told_with_its_source(tmp_path: Path, name: st
         open_extractor(name, str(path), CPU)
 
 
-def test_dinov2_gives_timms_class_token_from_either_projects_file(tmp_path: Path):
+def test_dinov2_gives_timms_class_token_from_timms_and_the_authors_file(tmp_path: Path):
     import timm
 
     torch.manual_seed(0)
     net = timm.create_model("vit_small_patch14_dinov2", pretrained=False, num_classes=0).eval()
     torch.save(net.state_dict(), tmp_path / "timm.pth")
-    theirs = {  # the names of facebookresearch/dinov2
-        key.replace("ls1.gamma", "ls1.gamma"): value for key, value in net.state_dict().items()
-    }
-    theirs["mask_token"] = torch.zeros(1, 384)
-    torch.save(theirs, tmp_path / "meta.pth")
+    torch.save(net.state_dict() | {"mask_token": torch.zeros(1, 384)}, tmp_path / "meta.pth")
     pictures = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = open_extractor("dinov2", str(tmp_path / "timm.pth"), CPU)
     assert (found.name, found.width) == ("dinov2", 384)
@@ -81,4 +77,6 @@ def test_perceptual_distance_orders_pictures_as_one_would():
     assert net.distance(a, a).tolist() == [0.0]
     assert 0 < float(net.distance(a, b)) < float(net.distance(a, c)) < 4
     torch.testing.assert_close(net.distance(a, c), net.distance(c, a))
-    torch.testing.assert_close(net.distance(torch.cat([a, b]), torch.cat([c, a]))[:1], net.distance(a, c), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        net.distance(torch.cat([a, b]), torch.cat([c, a]))[:1], net.distance(a, c), atol=1e-4, rtol=1e-3
+    )
