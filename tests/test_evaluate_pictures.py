@@ -37,6 +37,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_shapes(root / "data", num=280, size=16, workers=1)
     write_coco(root / "coco", 70)
     write_coco(root / "coco", 30, "train2014")
+    for name in ("nothing", "alike"):
+        (root / name).mkdir()
+    for i in range(100):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(root / "alike" / f"{i:02d}.png")
+        (root / "alike" / f"{i:02d}.txt").write_text("a red square")
     return root
 
 
@@ -205,9 +210,10 @@ def test_several_pictures_of_a_caption_are_compared_with_each_other(root: Path):
             "at least 100 different captions, but there are 1",
         ),
         ([*GIVEN, "metrics=[kid]", "size=32"], "16x16 pixels would be enlarged to size=32"),
-        (["drawn.folder=copies16", "real.coco=coco", "metrics=[kid]"], "set size=, to which all are cut"),
+        (["drawn.folder=alike", "real.coco=coco", "metrics=[kid]"], "set size=, to which all are cut"),
         (["drawn.folder=nothing", "real.split=data/val"], "nothing holds no pictures to take as drawn"),
         (["drawn.split=data/test", "real.folder=nothing"], "nothing holds no pictures to take as real"),
+        (["real.split=data/val"], "say which pictures to judge: drawn.runs= draws them"),
         (["drawn.split=data/test"], "density_coverage, kid, precision_recall need real pictures"),
         (["drawn.split=data/test", "metrics=[clip_score]"], "clip_score need a CLIP: give clip=RUN"),
         ([*GIVEN[:2], "metrics=[memorisation]"], "need the training pictures: give train.split=DATA/train"),
@@ -225,13 +231,6 @@ def test_several_pictures_of_a_caption_are_compared_with_each_other(root: Path):
     ],
 )
 def test_refusals_come_before_anything_is_done(root: Path, given: list[str], message: str):
-    (root / "nothing").mkdir(exist_ok=True)
-    (root / "copies16").mkdir(exist_ok=True)
-    (root / "alike").mkdir(exist_ok=True)
-    for i in range(100):
-        Image.new("RGB", (16, 16), (i, 0, 0)).save(root / "copies16" / f"{i:02d}.png")
-        Image.new("RGB", (16, 16), (i, 0, 0)).save(root / "alike" / f"{i:02d}.png")
-        (root / "alike" / f"{i:02d}.txt").write_text("a red square")
     with pytest.raises(UnclipError, match=re.escape(message)):
         evaluated("pictures", "run=refused", *given)
     assert not (root / "refused" / "evaluation.json").exists()

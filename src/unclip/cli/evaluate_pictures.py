@@ -1,10 +1,11 @@
 """``unclip-evaluate pictures``: drawn pictures against real ones, by the figures of docs/evaluation.md."""
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -67,6 +68,10 @@ class PictureEvaluateConfig:
         unknown = [name for name in self.features if name not in NETS]
         if unknown or not self.features:
             raise ConfigError(f"features={self.features} must name at least one of: {', '.join(NETS)}")
+        if not self.drawn.is_given:
+            raise ConfigError(
+                "say which pictures to judge: drawn.runs= draws them; drawn.folder=, drawn.split= and drawn.coco= are there"
+            )
         if "clip" in self.nets and self.clip is None:
             named = [metric.name for metric in self.metrics if metric in OF_CLIP] or ["features=clip"]
             raise ConfigError(f"{', '.join(named)} need a CLIP: give clip=RUN, best one that the chain has never met")
@@ -86,7 +91,8 @@ class PictureEvaluateConfig:
     @property
     def nets(self) -> list[str]:
         """All that look at the pictures, the compared ones first."""
-        wanted = [*self.features, *(["clip"] if OF_CLIP & set(self.metrics) else [])]
+        compared = self.features if set(self.metrics) - OF_CLIP - {Metric.lpips} or self.filtered_share else []
+        wanted = [*compared, *(["clip"] if OF_CLIP & set(self.metrics) else [])]
         return list(dict.fromkeys([*wanted, *(["lite0"] if Metric.lpips in self.metrics else [])]))
 
 
@@ -234,11 +240,10 @@ class PictureEvaluation:
                 )
                 store.write(block, net.distance(a, b)[:, None])
 
-    def _pairs(self) -> dict[str, Any]:
+    def _pairs(self) -> dict[str, np.ndarray]:
         """Of drawn pictures; of real ones too where the pairs are of any captions, which those can be compared with."""
-        sides: list[Any] = [list(range(len(self.sources["drawn"])))]
-        sides[0] = self.captions.get("drawn", sides[0])
-        pairs, alike = pairs_of(sides[0], self.cfg.pairs, self.cfg.seed)
+        captions: Sequence[Hashable] = self.captions.get("drawn", []) or range(len(self.sources["drawn"]))
+        pairs, alike = pairs_of(captions, self.cfg.pairs, self.cfg.seed)
         self.lpips_name = "lpips_of_a_caption" if alike else "lpips"
         found = {"drawn": pairs}
         if "real" in self.sources and not alike:
