@@ -89,11 +89,17 @@ class PictureEvaluateConfig:
             )
 
     @property
+    def compared(self) -> list[str]:
+        """The nets whose features of pictures are needed."""
+        needed = set(self.metrics) - OF_CLIP - {Metric.lpips} or self.filtered_share
+        return list(
+            dict.fromkeys([*(self.features if needed else []), *(["clip"] if OF_CLIP & set(self.metrics) else [])])
+        )
+
+    @property
     def nets(self) -> list[str]:
-        """All that look at the pictures, the compared ones first."""
-        compared = self.features if set(self.metrics) - OF_CLIP - {Metric.lpips} or self.filtered_share else []
-        wanted = [*compared, *(["clip"] if OF_CLIP & set(self.metrics) else [])]
-        return list(dict.fromkeys([*wanted, *(["lite0"] if Metric.lpips in self.metrics else [])]))
+        """All that look at pictures; for lpips one of them looks at pairs."""
+        return list(dict.fromkeys([*self.compared, *(["lite0"] if Metric.lpips in self.metrics else [])]))
 
 
 def evaluate_pictures(cfg: PictureEvaluateConfig) -> dict[str, Any]:
@@ -195,15 +201,20 @@ class PictureEvaluation:
         if self.drawer:
             self.drawer.draw()
         for side, source in self.sources.items():
-            self._look(side, source)
+            if side != "train" or self._needs_training:
+                self._look(side, source)
             if side in self.captions and OF_CLIP & self.metrics:
                 self._read_captions(side)
         if Metric.lpips in self.metrics:
             self._compare_pairs()
         self.ranks.wait()
 
+    @property
+    def _needs_training(self) -> bool:
+        return Metric.memorisation in self.metrics or self.cfg.filtered_share > 0
+
     def _look(self, side: str, source: Source) -> None:
-        wanted = self.cfg.features[:1] if side == "train" else self.nets
+        wanted = self.cfg.features[:1] if side == "train" else self.cfg.compared
         stores = {name: self._store(name, side, len(source)) for name in wanted}
         for block, rows in self._mine(len(source), f"looking at {side} pictures"):
             lacking = [name for name, store in stores.items() if not store.has(block)]
@@ -271,7 +282,7 @@ class PictureEvaluation:
         if cfg.filtered_share:
             first = cfg.features[0]
             kept = unlike_training(self._rows(first, "real"), self._rows(first, "train"), cfg.filtered_share)
-        for name in self.nets:
+        for name in cfg.compared:
             metrics = self.metrics if name in cfg.features else self.metrics & {Metric.cmmd}
             drawn = self._rows(name, "drawn")
             if "real" in self.sources:
