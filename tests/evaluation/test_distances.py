@@ -232,6 +232,6 @@ def test_memory_grows_with_the_number_of_pictures_and_not_with_its_square():
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_thirty_thousand_pictures_take_less_than_four_gibibytes():
-    """2 x 30,000 x 2,048 features of Inception, float32 491 MB and float64 983 MB; chunks of 512 x 30,000 in float64 123 MB."""
+    """2 x 30,000 x 2,048 features of Inception: 491 MB in float32, 983 MB in float64; a chunk of 512 x 30,000 distances 123 MB."""
     before, peak = peak_mb(30_000, 2048, 2)
     assert peak < 4096, (before, peak)
