@@ -101,7 +101,7 @@ def fid_figure(x: Tensor, y: Tensor, weights_x: Tensor, weights_y: Tensor) -> Fi
 
 
 def frechet(a: Moments, b: Moments) -> float:
-    """The same as torch-fidelity's, by symmetric matrices, which takes less time: the trace of (A B)^1/2 is that of (A^1/2 B A^1/2)^1/2."""
+    """The same by symmetric matrices, which takes less time: the trace of (A B)^1/2 is that of (A^1/2 B A^1/2)^1/2."""
     values, vectors = torch.linalg.eigh(a.cov)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     shared = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()
