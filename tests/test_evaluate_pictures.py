@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from coco_stand_in import write_coco
 from hydra import compose, initialize_config_dir
+from picture_sets import write_coco, write_split
 from PIL import Image
 from tests_support import command, environment
 from tiny_chain import write_tiny_chain
 
 from unclip.cli.evaluate import evaluate
 from unclip.cli.train import CONF, forced
-from unclip.data.shapes import write_shapes
 from unclip.data.shards import Shards
 from unclip.errors import UnclipError
 from unclip.evaluation.extractors import ClipFeatures
@@ -31,10 +30,11 @@ GIVEN = ["drawn.split=data/test", "real.split=data/val", "train.split=data/train
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shapes of 16 px in splits of 280 and 64, a COCO of 70 pictures, and an untrained chain that draws 32 px."""
+    """Pictures of 16 px in splits of 280 and 64, a COCO of 70 pictures, and an untrained chain that draws 32 px."""
     root = tmp_path_factory.mktemp("pictures")
     write_tiny_chain(root / "runs")
-    write_shapes(root / "data", num=280, size=16, workers=1)
+    for seed, (split, count) in enumerate({"train": 280, "val": 64, "test": 64}.items()):
+        write_split(root / "data" / split, count, seed)
     write_coco(root / "coco", 70)
     write_coco(root / "coco", 30, "train2014")
     for name in ("nothing", "alike"):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from coco_stand_in import write_coco
+from picture_sets import write_coco
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
