@@ -60,7 +60,7 @@ def evaluated(kind: str, *overrides: str) -> dict[str, Any]:
 def test_every_figure_of_a_split_against_another(root: Path, capsys: pytest.CaptureFixture[str]):
     shutil.copytree(root / "data/train", root / "again")
     given = ["drawn.split=again", "real.split=data/train", "train.split=data/test", "clip=runs/clip"]
-    found = evaluated("pictures", "run=all", *given, ALL, "features=[clip]", "replicates=20", "pairs=40")
+    found = evaluated("pictures", "run=all", *given, ALL, "features=[clip]", "replicates=5", "pairs=20")
     names = {
         "fid",
         "kid",
@@ -109,7 +109,7 @@ def test_copies_of_training_pictures_are_found(root: Path):
 
 DRAWN = ["drawn.runs=runs", "drawn.num=70", "drawn.batch_size=8", "real.split=data/val", "size=16", "clip=runs/clip"]
 SHORT = ["drawn.sampling.prior_steps=1", "drawn.sampling.decoder_steps=2", "drawn.sampling.upsampler_steps=1"]
-MEASURED = ["features=[clip]", "metrics=[kid,precision_recall,clip_score,vendi,lpips]", "replicates=10", "pairs=35"]
+MEASURED = ["features=[clip]", "metrics=[kid,precision_recall,clip_score,vendi,lpips]", "replicates=5", "pairs=20"]
 
 
 def test_two_ranks_find_exactly_what_one_process_finds(root: Path):
