@@ -97,19 +97,20 @@ def test_every_figure_of_a_split_against_another(root: Path, capsys: pytest.Capt
 def test_copies_of_training_pictures_are_found(root: Path):
     """Half of the drawn pictures are training pictures."""
     (root / "copies").mkdir()
-    for split, count in (("train", 20), ("test", 20)):
-        shards = Shards(root / "data" / split)
-        for i in range(count):
-            (root / "copies" / f"{split}-{i:02d}.png").write_bytes(shards.image(i))
-    given = ["drawn.folder=copies", "real.split=data/val", "train.split=data/train", "metrics=[memorisation]"]
-    found = evaluated("pictures", "run=copied", *given)["measures"]
+    write_split(root / "seen", 40, seed=7)
+    for name, split in (("seen", "seen"), ("new", "data/test")):
+        shards = Shards(root / split)
+        for i in range(20):
+            (root / "copies" / f"{name}-{i:02d}.png").write_bytes(shards.image(i))
+    given = ["drawn.folder=copies", "real.split=data/val", "train.split=seen", "metrics=[memorisation]"]
+    found = evaluated("pictures", "run=copied", "real.num=40", *given)["measures"]
     assert found["lite0/copied_share"] == pytest.approx(0.5, abs=0.1)
     assert found["lite0/nearest_train"] > found["lite0/nearest_train_real"]
 
 
 DRAWN = ["drawn.runs=runs", "drawn.num=70", "drawn.batch_size=8", "real.split=data/val", "size=16", "clip=runs/clip"]
 SHORT = ["drawn.sampling.prior_steps=1", "drawn.sampling.decoder_steps=2", "drawn.sampling.upsampler_steps=1"]
-MEASURED = ["features=[clip]", "metrics=[kid,precision_recall,clip_score,vendi,lpips]", "replicates=5", "pairs=20"]
+MEASURED = ["features=[clip]", "metrics=[kid,precision_recall,clip_score,vendi,lpips]", "replicates=5", "pairs=8"]
 
 
 def test_two_ranks_find_exactly_what_one_process_finds(root: Path):
@@ -165,7 +166,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(root: Path, monkeypatch: 
 def test_coco_against_its_whole_validation_set_and_the_filtered_one(root: Path):
     given = ["drawn.runs=runs", "drawn.num=60", *SHORT, "size=32", "real.coco=coco", "clip=runs/clip"]
     given += ["train.coco=coco", "train.coco_split=train2014", "filtered_share=0.2", "replicates=5"]
-    given += ["features=[lite0]", "inception=null", "metrics=[kid,cmmd,clip_score]"]
+    given += ["features=[clip]", "inception=null", "metrics=[kid,cmmd,clip_score]"]
     found = evaluated("coco", "run=coco-run", *given)
     assert {side: source["count"] for side, source in found["pictures"].items()} == {
         "drawn": 60,
@@ -174,7 +175,7 @@ def test_coco_against_its_whole_validation_set_and_the_filtered_one(root: Path):
         "real_filtered": 56,
     }
     assert set(found["measures"]) == {
-        *("lite0/kid", "lite0/kid_filtered", "clip/cmmd", "clip/cmmd_filtered", "clip/score", "clip/score_real"),
+        *("clip/kid", "clip/kid_filtered", "clip/cmmd", "clip/cmmd_filtered", "clip/score", "clip/score_real"),
     }
     captions = [from_png(path).caption for path in sorted((root / "coco-run/pictures").glob("*.png"))]
     assert len(set(captions)) == 60, "of 350 captions, none twice"
