@@ -7,6 +7,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from unclip.cli.evaluate_pictures import PictureEvaluateConfig
 from unclip.cli.launch import SlurmConfig
 from unclip.cli.train import CONF, forced
 from unclip.config import identity, typed
@@ -25,6 +26,12 @@ ROOTS = {
     "train_decoder": (DecoderTrainConfig, ["run=r", "data.path=d", "data.embeddings=e"]),
     "train_upsampler": (UpsamplerTrainConfig, ["run=r", "data.path=d"]),
 }
+SEEN = ["run=r", "drawn.folder=f", "real.split=s"]
+EVALUATIONS = {  # KIND of unclip-evaluate
+    "prior": ROOTS["evaluate"],
+    "pictures": (PictureEvaluateConfig, SEEN),
+    "coco": (PictureEvaluateConfig, ["run=r", "drawn.runs=c", "real.coco=o", "clip=j", "inception=w"]),
+}
 STAGE_OF = {"clip": "train_clip", "prior": "train_prior", "decoder": "train_decoder", "upsampler": "train_upsampler"}
 
 
@@ -33,7 +40,8 @@ def composed(root: str, overrides: list[str]):
         raw = compose(root, [forced(o) for o in overrides])
     if "launch" in raw:
         drop_launch(raw)
-    return typed(raw, ROOTS[root][0])
+    kind = next((o.removeprefix("evaluation=") for o in overrides if o.startswith("evaluation=")), None)
+    return typed(raw, EVALUATIONS[kind][0] if kind else ROOTS[root][0])
 
 
 def drop_launch(raw: DictConfig) -> None:
@@ -70,6 +78,8 @@ def test_every_yaml_is_among_the_cases():
 @pytest.mark.parametrize(("root", "overrides"), shipped())
 def test_config_is_valid(root: str, overrides: list[str]):
     cls, needed = ROOTS[root]
+    if overrides and overrides[0].startswith("evaluation="):
+        cls, needed = EVALUATIONS[overrides[0].removeprefix("evaluation=")]
     assert isinstance(composed(root, needed + overrides), cls)
 
 
@@ -197,3 +207,10 @@ def test_a_group_keeps_the_settings_that_are_not_named():
     assert cfg.model.diffusion.clip_range == 1.0
     cfg = composed("train_decoder", [*ROOTS["train_decoder"][1], "model.sampling.guidance.scale=3"])
     assert (cfg.model.sampling.guidance.scale, cfg.model.sampling.sampler.num_steps) == (3.0, 250)
+
+
+def test_coco_is_the_papers_protocol():
+    cfg = composed("evaluate", ["evaluation=coco", *EVALUATIONS["coco"][1]])
+    assert (cfg.drawn.num, cfg.size, cfg.real.num, cfg.real.coco_split) == (30_000, 256, None, "val2014")
+    assert (cfg.drawn.sampling.decoder_guidance, cfg.drawn.sampling.prior_guidance) == (1.25, None)
+    assert (cfg.features, cfg.metrics[0].name) == (["inception"], "fid")

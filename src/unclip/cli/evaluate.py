@@ -9,13 +9,18 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
+from unclip.cli.evaluate_pictures import PictureEvaluateConfig, evaluate_pictures
 from unclip.config import typed
 from unclip.data.shards import write_atomic
 from unclip.evaluation.prior import PriorEvaluateConfig, evaluate_prior
 from unclip.report.run import report_quietly
 from unclip.run_lock import RunLock
 
-EVALUATIONS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {"prior": (PriorEvaluateConfig, evaluate_prior)}
+EVALUATIONS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
+    "prior": (PriorEvaluateConfig, evaluate_prior),
+    "pictures": (PictureEvaluateConfig, evaluate_pictures),
+    "coco": (PictureEvaluateConfig, evaluate_pictures),  # a preset of pictures
+}
 FILE = "evaluation.json"
 GOOD = {  # what to compare a measure with
     "cosine_to_true": "the higher the better",
@@ -30,6 +35,22 @@ GOOD = {  # what to compare a measure with
     "diversity": "0: always the same z_i",
     "diversity_ratio": "1: samples vary as the truth does",
 }
+GOOD_PICTURES = {  # by the name behind the net's
+    "fid": "the lower the better; equal counts only",
+    "kid": "0: no difference",
+    "cmmd": "0: no difference",
+    "precision": "near that of a second real set",
+    "recall": "near that of a second real set",
+    "density": "1",
+    "coverage": "1",
+    "score": "near score_real",
+    "r_precision": "near r_precision_real; chance is 0.01",
+    "vendi": "near vendi_real",
+    "lpips": "near lpips_real",
+    "lpips_of_a_caption": "0: always the same picture",
+    "nearest_train": "near nearest_train_real",
+    "copied_share": "about 0.01",
+}
 
 
 def evaluate(kind: str, raw: DictConfig) -> dict[str, Any]:
@@ -39,10 +60,23 @@ def evaluate(kind: str, raw: DictConfig) -> dict[str, Any]:
     run = Path(cfg.run)
     with RunLock(run):
         found = work(cfg)
+        if not found:  # another rank tells what was found
+            return found
         write_atomic(run / FILE, (json.dumps(found, indent=2) + "\n").encode())
         report_quietly(run)
-    Console().print(_table(found))
+    Console().print(_intervals(found) if "intervals" in found else _table(found))
     return found
+
+
+def _intervals(found: dict[str, Any]) -> Table:
+    counts = ", ".join(f"{source['count']:,} {side}" for side, source in found["pictures"].items())
+    title = f"{found['pictures']['drawn']['where']}: {counts} pictures of {found['size']} px"
+    table = Table("figure", "value", "95 % interval", "healthy", title=title, title_justify="left")
+    for name, value in found["measures"].items():
+        low, high = found["intervals"][name]
+        good = GOOD_PICTURES.get(name.rpartition("/")[2].removesuffix("_filtered"), "")
+        table.add_row(name, f"{value:.4g}", f"{low:.4g} to {high:.4g}", good)
+    return table
 
 
 def _table(found: dict[str, Any]) -> Table:

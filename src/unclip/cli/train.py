@@ -88,7 +88,7 @@ def train_upsampler() -> None:
 
 
 def evaluate() -> None:
-    """Measure a trained stage: unclip-evaluate prior run=... prior=RUN data.path=... data.embeddings=..."""
+    """Measure a prior or pictures: unclip-evaluate KIND run=..., as in conf/evaluation/KIND.yaml."""
     with told_to_the_user():
         kind = _kind(sys.argv)
 
@@ -104,7 +104,7 @@ def _kind(argv: list[str]) -> str:
     """Take the kind of evaluation off the command line and choose its settings; plain --help shows those of a prior."""
     known = sorted(path.stem for path in (CONF / "evaluation").glob("*.yaml"))
     if argv[1:] == ["--help"]:
-        return known[0]
+        return "prior"
     if len(argv) < 2 or argv[1] not in known:
         raise ConfigError(f"say first what to evaluate: unclip-evaluate KIND run=...; kinds: {', '.join(known)}")
     argv[1] = f"evaluation={argv[1]}"

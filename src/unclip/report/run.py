@@ -45,6 +45,9 @@ def run_parts(run: Path) -> list[str]:
     parts += _section("Timings", [table(("what", "time"), _timings(rows, manifest))])
     parts += _section("Curves", draw_curves(rows))
     parts += _section("Sheets over time", _sheets(run / "samples"))
+    parts += _section(
+        "Nearest training pictures", [picture(run / "neighbours.png", "of the drawn ones that come nearest")]
+    )
     parts += _section("Captions of the sheets", [_list(read_json(run / "samples" / CAPTIONS) or [])])
     parts += _section("Lineage", _lineage(run, manifest))
     return parts + _section("Configuration", [_config(run)])
