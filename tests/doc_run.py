@@ -1,0 +1,111 @@
+"""Running what a page of the documentation shows, in one folder and in this process."""
+
+import contextlib
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from doc_pages import HYDRA, Block, Command, blocks, shell
+from hydra.core.global_hydra import GlobalHydra
+from typer.testing import CliRunner
+
+from unclip.cli import train as hydra_commands
+from unclip.cli.app import app
+
+Table = Mapping[str, object]
+
+
+def begins(command: Command, table: Table) -> bool:
+    """Whether the command begins as a key of ``table`` does, or has a word that does."""
+    line = " ".join(command.words)
+    return any(line.startswith(key) or any(word.startswith(key) for word in command.words) for key in table)
+
+
+@dataclass
+class PageRunner:
+    """Runs a page's blocks in ``root``, leaving out commands of ``leave_out``, with ``small`` appended to those it names.
+
+    A run folder that was there before is trained anew by the page's first command for it. Python blocks share their names.
+    """
+
+    root: Path
+    leave_out: Table
+    small: Mapping[str, Sequence[str]]
+    ran: list[str] = field(default_factory=list)
+    _own: set[str] = field(default_factory=set)
+    _names: dict[str, object] = field(default_factory=dict)
+
+    def run(self, page: Path) -> "PageRunner":
+        with contextlib.chdir(self.root):
+            for block in blocks(page):
+                if block.language == "python":
+                    self._python(block)
+                elif block.language == "yaml":
+                    self._yaml(block)
+                else:
+                    for command in shell(block):
+                        self._command(command)
+        return self
+
+    def _python(self, block: Block) -> None:
+        exec(compile(block.text, str(block), "exec"), self._names)
+        self.ran.append(str(block))
+
+    def _yaml(self, block: Block) -> None:
+        """A file, whose path is in its first line: for a command below it."""
+        path = Path(block.text.splitlines()[0].removeprefix("# "))
+        assert path.suffix == ".yaml", f"{block}: begin it with the path of its file, as in # my-conf/experiment/mine.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text + "\n")
+
+    def _command(self, command: Command) -> None:
+        if begins(command, self.leave_out):
+            return
+        words = list(command.words)
+        if words[0] in HYDRA:
+            self._start_anew(words)
+        small = next((list(more) for key, more in self.small.items() if " ".join(words).startswith(key)), [])
+        said, code = (_hydra if words[0] in HYDRA else _other)([*words, *small])
+        assert code == 0, f"{command}\n{said[-3000:]}"
+        self.ran.append(str(command))
+
+    def _start_anew(self, words: list[str]) -> None:
+        for word in words:
+            key, _, run = word.partition("=")
+            if key == "run" and run not in self._own:
+                self._own.add(run)
+                shutil.rmtree(run, ignore_errors=True)
+
+
+def _other(words: list[str]) -> tuple[str, int]:
+    """A command of ``unclip``, or one that makes or copies folders."""
+    if words[0] in ("mkdir", "cp"):
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        return done.stderr, done.returncode
+    assert words[0] == "unclip", f"{words[0]} is neither run here nor in the table of what is not"
+    result = CliRunner().invoke(app, words[1:])
+    return result.output + (repr(result.exception) if result.exception else ""), result.exit_code
+
+
+def _hydra(words: list[str]) -> tuple[str, int]:
+    with _argv(words), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            getattr(hydra_commands, HYDRA[words[0]])()
+        except SystemExit as ended:
+            return said.getvalue(), int(bool(ended.code))
+        finally:
+            GlobalHydra.instance().clear()
+    return said.getvalue(), 0
+
+
+@contextlib.contextmanager
+def _argv(words: list[str]) -> Iterator[None]:
+    before, sys.argv = sys.argv, words
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,119 @@
+"""The code blocks of README and docs/ do what they say: commands and Python run as they stand, on 64 pictures.
+
+The README's commands train a chain. Each page then works in a copy of its folder, from the first block to the last; a run
+that a page trains anew is removed from the copy first. Everything runs in this process, by the functions behind the commands.
+"""
+
+import contextlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from doc_pages import PAGES, ROOT, blocks, commands
+from doc_run import PageRunner, begins
+from PIL import Image
+from tests_support import TINY
+from typer.testing import CliRunner
+
+from unclip.cli.app import app
+
+pytestmark = pytest.mark.timeout(600)
+
+# What is not run, by how it begins or a setting in it, and why. All of it is parsed: tests/test_docs.py.
+NOT_RUN = {
+    "make": "sets up environments, trains for minutes, or runs the tests; CI runs it",
+    "pip install": "changes the environment",
+    "unclip import clip": "fetches weights from a hub; tests/test_app.py imports local ones",
+    "unclip ui": "serves until Ctrl-C; tests/ui",
+    "unclip sync": "sends to wandb's server; tests/test_wandb.py",
+    "torchrun": "eight GPUs; tests/test_ranks.py starts ranks",
+    "sbatch": "needs a cluster; tests/slurm submit these scripts to a real one",
+    "scripts/slurm/pipeline.sh": "the same",
+    "launch=slurm": "the same",
+    "scripts/compare_priors.sh": "trains six priors for minutes; tests/test_compare_priors.py",
+    "python scripts/bench": "measures for minutes; tests/test_bench*.py run them at --smoke",
+    "unclip plan experiment=paper_decoder": "half a minute; tests/test_plan.py plans smaller nets",
+    "unclip plan experiment=karlo_prior": "the same",
+    "unclip plan stage=upsampler": "the same",
+    "experiment=karlo_upsampler": "nets of 0.7 billion weights; tests/test_upsampler_chain.py trains two small ones so",
+}
+# Run by `make test-slow` only: minutes.
+SLOW = {"sweep=": "trains one model for each trial"}
+# What makes a command small enough for a test, appended to it.
+SMALL = {
+    "unclip data shapes": ["--num", "64"],
+    "train-clip": [*TINY["clip"], "data.max_val=8"],
+    "train-prior": TINY["prior"],
+    "train-decoder": TINY["decoder"],
+    "train-upsampler": [*TINY["upsampler"], "data.image_size=32"],
+    "unclip vary": ["--decoder-steps", "2"],
+    "unclip interpolate": ["--decoder-steps", "2"],
+    "unclip edit": ["--decoder-steps", "2"],
+    "unclip inpaint": ["--decoder-steps", "4", "--num-resamples", "1"],
+    "unclip reconstruct": ["--num", "4", "--steps", "2,4"],
+    "unclip edit-verdict": ["--num", "2", "--decoder-steps", "2"],
+    "unclip pca-probe": ["--decoder-steps", "2", "--components", "1,4"],
+}
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README was followed, and what the pages of docs/ take as given."""
+    root = tmp_path_factory.mktemp("docs")
+    _write_pictures(root)
+    PageRunner(root, {**NOT_RUN, **SLOW}, SMALL).run(ROOT / "README.md")
+    (root / "DATA").symlink_to("data/shapes")
+    with contextlib.chdir(root):
+        exported = CliRunner().invoke(app, ["export", "embeddings", "runs/embeddings", "--out", "SRC", "--data", "DATA"])
+    assert exported.exit_code == 0, exported.exception
+    return root
+
+
+def _write_pictures(root: Path) -> None:
+    draw = np.random.default_rng(0)
+    names = [*(f"{name}.png" for name in ("photo", "one", "two", "three", "apple"))]
+    names += [f"my-pictures/{i}.jpg" for i in range(40)]
+    for name in names:
+        path = root / name
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(draw.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+        if path.parent != root:
+            path.with_suffix(".txt").write_text(f"picture number {path.stem}\n")
+    mask = np.zeros((64, 64), np.uint8)
+    mask[16:48, 16:48] = 255
+    Image.fromarray(mask).save(root / "mask.png")
+    (root / "fruits.txt").write_text("an apple\na pear\n")
+
+
+def test_the_readme_trains_a_chain_that_draws(chain: Path):
+    for stage in ("clip", "prior", "decoder", "upsampler"):
+        assert (chain / "runs" / stage / "artifact" / "manifest.json").exists()
+    assert len(list((chain / "pictures").glob("0*.png"))) == 4
+    assert (chain / "data/mine/train/index.json").exists()
+
+
+def _runnable(page: Path) -> bool:
+    left = [command for command in commands(page) if not begins(command, {**NOT_RUN, **SLOW})]
+    return bool(left) or any(block.language in ("python", "yaml") for block in blocks(page))
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES[1:] if _runnable(page)], ids=lambda page: page.stem)
+def test_the_blocks_of_a_page_run(page: Path, chain: Path, tmp_path: Path):
+    copy = shutil.copytree(chain, tmp_path / "copy", symlinks=True)
+    assert PageRunner(copy, {**NOT_RUN, **SLOW}, SMALL).run(page).ran
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(begins(c, SLOW) for c in commands(page))], ids=lambda page: page.stem
+)
+def test_the_long_commands_of_a_page_run(page: Path, chain: Path, tmp_path: Path):
+    copy = shutil.copytree(chain, tmp_path / "copy", symlinks=True)
+    assert PageRunner(copy, NOT_RUN, SMALL).run(page).ran
+
+
+def test_the_tables_hold_nothing_that_no_page_says():
+    said = [command for page in PAGES for command in commands(page)]
+    unused = [key for key in (*NOT_RUN, *SLOW, *SMALL) if not any(begins(command, {key: ""}) for command in said)]
+    assert not unused, "leave these out of the tables above"
