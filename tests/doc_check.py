@@ -1,7 +1,9 @@
 """Whether a command of the documentation is one: its program, options, settings and values, without running it."""
 
+import contextlib
 import dataclasses
 import re
+import tempfile
 import tomllib
 import typing
 from collections.abc import Callable
@@ -147,29 +149,38 @@ def _names(config: type) -> set[str]:
 
 
 def _unclip(command: Command) -> None:
-    """Options, their values and the number of arguments; files need not exist."""
-    found: Any = typer.main.get_command(app)
-    words, path = [word for word in command.words[1:] if word != "…"], ["unclip"]
+    """The command line is read by the command itself, which then does nothing. Files and folders that it names are there."""
+    root: Any = typer.main.get_command(app)
+    words = [word for word in command.words[1:] if word != "…"]
+    found, names = root, list[str]()
     while hasattr(found, "commands"):
-        if not words and command.inline:
+        name = words[len(names)] if len(names) < len(words) else ""
+        if not name and command.inline:
             return
-        refuse(not words or words[0] not in found.commands, f"there is no {' '.join([*path, *words[:1]])}")
-        path.append(words[0])
-        found, words = found.commands[words.pop(0)], words
-    if found.name == "job" or (found.name == "plan" and not words):
-        return
-    context = type(found.make_context("doctor", ["--help"], resilient_parsing=True))(found)
-    values, rest, _ = found.make_parser(context).parse_args(list(words))
-    refuse(bool(rest), f"{' '.join(path)} does not take {rest}")
-    for param in found.params:
-        value = values.get(param.name)
-        missing = value is None or value == ()
-        refuse(missing and param.required and not command.inline, f"{' '.join(path)} needs {param.opts[0]}")
-        if not missing and param.type.name not in ("file", "path", "directory") and param.name != "help":
-            for one in value if isinstance(value, list | tuple) else [value]:
-                param.type.convert(one, param, context)
-    if found.name == "plan":
-        read(words)
+        names.append(name)
+        refuse(name not in found.commands, f"there is no unclip {' '.join(names)}")
+        found = found.commands[name]
+    found.callback = lambda **_: None
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for word in words:
+            if not word.startswith(("-", "/")):
+                _make_path(Path(word))
+        try:
+            root.main(args=words, prog_name="unclip", standalone_mode=False)
+        except Exception as error:
+            if command.inline and type(error).__name__ in ("MissingParameter", "NoArgsIsHelpError"):
+                return
+            raise
+    if found.name == "plan" and len(words) > 1:
+        read(words[1:])
+
+
+def _make_path(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix:
+        path.touch()
+    else:
+        path.mkdir(exist_ok=True)
 
 
 def _make(command: Command) -> None:

@@ -58,7 +58,9 @@ class PageRunner:
     def _yaml(self, block: Block) -> None:
         """A file, whose path is in its first line: for a command below it."""
         path = Path(block.text.splitlines()[0].removeprefix("# "))
-        assert path.suffix == ".yaml", f"{block}: begin it with the path of its file, as in # my-conf/experiment/mine.yaml"
+        assert path.suffix == ".yaml", (
+            f"{block}: begin it with the path of its file, as in # my-conf/experiment/mine.yaml"
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(block.text + "\n")
 

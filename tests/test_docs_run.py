@@ -65,7 +65,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PageRunner(root, {**NOT_RUN, **SLOW}, SMALL).run(ROOT / "README.md")
     (root / "DATA").symlink_to("data/shapes")
     with contextlib.chdir(root):
-        exported = CliRunner().invoke(app, ["export", "embeddings", "runs/embeddings", "--out", "SRC", "--data", "DATA"])
+        words = "export embeddings runs/embeddings --out SRC --data DATA"
+        exported = CliRunner().invoke(app, words.split())
     assert exported.exit_code == 0, exported.exception
     return root
 

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from doc_pages import ROOT
 
-COMING = {"karlo.md", "export.md", "evaluation.md", "probes.md", "results.md"}  # in the navigation before they are written
+# In the navigation before they are written:
+COMING = {"karlo.md", "export.md", "evaluation.md", "probes.md", "results.md"}
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,13 @@ def test_the_reference_shows_what_may_be_relied_on(site: Path):
     page = (site / "api.html").read_text()
     for name in (
         *(f"unclip.pipeline.UnCLIP.{method}" for method in ("load", "generate", "vary", "edit", "embed_image")),
-        *("unclip.artifact.load", "unclip.artifact.Manifest", "unclip.train.train", "unclip.config.TrainerConfig.batch_size"),
-        *("unclip.models.decoder.DecoderConfig", "unclip.errors.UnclipError", "unclip.recipe.from_png"),
+        *("unclip.artifact.load", "unclip.artifact.Manifest", "unclip.train.train"),
+        *(
+            "unclip.config.TrainerConfig.batch_size",
+            "unclip.models.decoder.DecoderConfig",
+            "unclip.errors.UnclipError",
+            "unclip.recipe.from_png",
+        ),
     ):
         assert f'id="{name}"' in page, name
     text = html.unescape(re.sub(r"<[^>]+>", "", page))
