@@ -18,12 +18,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf, open_dict
 
 from unclip.cli.app import app
+from unclip.cli.evaluate import EVALUATIONS
 from unclip.cli.launch import SlurmConfig
 from unclip.cli.plan import PlanSettings, read
 from unclip.cli.train import CONF, forced
 from unclip.config import typed
 from unclip.data.embed import EmbedConfig
-from unclip.evaluation.prior import PriorEvaluateConfig
 from unclip.models import REGISTRY
 from unclip.models.interface import ModelConfig
 from unclip.train import ClipTrainConfig, DecoderTrainConfig, PriorTrainConfig, UpsamplerTrainConfig
@@ -35,14 +35,13 @@ CONFIGS: dict[str, type] = {
     "train_upsampler": UpsamplerTrainConfig,
     "embed": EmbedConfig,
 }
-EVALUATIONS: dict[str, type] = {"prior": PriorEvaluateConfig}
 NEEDED = {
     "train_clip": ["run=r", "data.path=d"],
     "train_prior": ["run=r", "data.path=d", "data.embeddings=e"],
     "train_decoder": ["run=r", "data.path=d", "data.embeddings=e"],
     "train_upsampler": ["run=r", "data.path=d"],
     "embed": ["run=r", "clip=c", "data=d"],
-    "evaluate": ["run=r", "prior=p", "data.path=d", "data.embeddings=e"],
+    "prior": ["run=r", "prior=p", "data.path=d", "data.embeddings=e"],  # unclip-evaluate prior
 }
 _PLACEHOLDER = re.compile(r"…|[A-Z][A-Z_0-9]*(\.[a-z]+)?")  # RUN, NAMES.txt
 
@@ -93,8 +92,9 @@ def check_settings(root: str, words: list[str], inline: bool = False) -> None:
     elsewhere = {key for key in given if key.startswith("launch.")} if "launch=slurm" not in overrides else set()
     refuse(bool(elsewhere), f"{elsewhere} without launch=slurm")
     if inline or open_end:
-        overrides = [need for need in NEEDED[root] if need.partition("=")[0] not in given] + overrides
-    config = EVALUATIONS[kind] if kind else CONFIGS[root]
+        needed = NEEDED.get(kind or root, ["run=r"])
+        overrides = [need for need in needed if need.partition("=")[0] not in given] + overrides
+    config = EVALUATIONS[kind][0] if kind else CONFIGS[root]
     _compose(root, tuple([f"evaluation={kind}"] * bool(kind) + overrides), config)
 
 
@@ -130,7 +130,7 @@ def _compose(root: str, overrides: tuple[str, ...], config: type) -> None:
 def known_settings() -> set[str]:
     """Dotted names of the settings of all commands, of their groups, and of `launch` and `unclip plan`."""
     found = set()
-    for config in (*CONFIGS.values(), *EVALUATIONS.values(), PlanSettings):
+    for config in (*CONFIGS.values(), *(config for config, _ in EVALUATIONS.values()), PlanSettings):
         found |= _names(config)
     return found | {f"launch.{name}" for name in _names(SlurmConfig)}
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -19,17 +20,20 @@ from unclip.cli.app import app
 Table = Mapping[str, object]
 
 
-def begins(command: Command, table: Table) -> bool:
-    """Whether the command begins as a key of ``table`` does, or has a word that does."""
-    line = " ".join(command.words)
-    return any(line.startswith(key) or any(word.startswith(key) for word in command.words) for key in table)
+def named_in(text: str, table: Table) -> bool:
+    """Whether a command or a block begins as a key of ``table`` does, or holds one that is a setting, a path or Python."""
+    return any(key in text if re.search(r"[=/(]", key) else text.startswith(key) for key in table)
+
+
+def line_of(command: Command) -> str:
+    return " ".join(command.words)
 
 
 @dataclass
 class PageRunner:
-    """Runs a page's blocks in ``root``, leaving out commands of ``leave_out``, with ``small`` appended to those it names.
+    """Runs a page's blocks in ``root``, leaving out what ``leave_out`` names, with ``small`` appended to those it names.
 
-    A run folder that was there before is trained anew by the page's first command for it. Python blocks share their names.
+    A folder that was there before is removed by the page's first command that writes it. Python blocks share their names.
     """
 
     root: Path
@@ -52,6 +56,8 @@ class PageRunner:
         return self
 
     def _python(self, block: Block) -> None:
+        if named_in(block.text, self.leave_out):
+            return
         exec(compile(block.text, str(block), "exec"), self._names)
         self.ran.append(str(block))
 
@@ -65,22 +71,23 @@ class PageRunner:
         path.write_text(block.text + "\n")
 
     def _command(self, command: Command) -> None:
-        if begins(command, self.leave_out):
+        if named_in(line_of(command), self.leave_out):
             return
         words = list(command.words)
-        if words[0] in HYDRA:
-            self._start_anew(words)
-        small = next((list(more) for key, more in self.small.items() if " ".join(words).startswith(key)), [])
+        self._remove_old(words)
+        small = next((list(more) for key, more in self.small.items() if line_of(command).startswith(key)), [])
         said, code = (_hydra if words[0] in HYDRA else _other)([*words, *small])
         assert code == 0, f"{command}\n{said[-3000:]}"
         self.ran.append(str(command))
 
-    def _start_anew(self, words: list[str]) -> None:
-        for word in words:
-            key, _, run = word.partition("=")
-            if key == "run" and run not in self._own:
-                self._own.add(run)
-                shutil.rmtree(run, ignore_errors=True)
+    def _remove_old(self, words: list[str]) -> None:
+        """What this command writes: the folder of ``run=`` or ``--out``."""
+        written = [word.partition("=")[2] for word in words if word.startswith("run=")]
+        written += [words[i + 1] for i, word in enumerate(words) if word == "--out"]
+        for name in written:
+            if name not in self._own:
+                self._own.add(name)
+                shutil.rmtree(name, ignore_errors=True)
 
 
 def _other(words: list[str]) -> tuple[str, int]:
