@@ -46,7 +46,7 @@ bench: setup .venv-peer/ready ## Measure against the peers, each in its own envi
 	@touch $@
 
 docs: setup ## Build the documentation as a site: site/index.html
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo 'open site/index.html'
 
 lint: setup ## Check style

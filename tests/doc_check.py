@@ -172,7 +172,7 @@ def _unclip(command: Command) -> None:
                 return
             raise
     if found.name == "plan" and len(words) > 1:
-        read(words[1:])
+        read([word for word in words[1:] if not _PLACEHOLDER.fullmatch(word.partition("=")[2])])
 
 
 def _make_path(path: Path) -> None:

@@ -10,6 +10,7 @@ from doc_pages import LANGUAGES, OURS, PAGES, ROOT, Command, anchors, blocks, co
 from unclip.errors import ConfigError
 
 named = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+SHOWN_AS_WRONG = {"model.net.widht"}  # README: what becomes of a misspelt setting
 ROOTS = ("data", "diversity", "launch", "logger", "model", "optim", "sampling", "trainer")
 
 
@@ -31,7 +32,9 @@ def test_every_setting_is_one_that_exists(page: Path):
         for word in span.split():
             name = word.lstrip("'\"+").partition("=")[0]
             if re.fullmatch(rf"({'|'.join(ROOTS)})(\.\w+)+", name) and not name.startswith("launch.options."):
-                wrong += [f"{page.name}:{line}: {name}"] * (name not in known_settings())
+                whole = f"model.{name}" if name.startswith("sampling.") else name  # of an evaluation
+                known = whole in known_settings() or name in SHOWN_AS_WRONG
+                wrong += [f"{page.name}:{line}: {name}"] * (not known)
     assert not wrong, "\n".join(wrong)
 
 
@@ -75,9 +78,9 @@ def test_every_block_says_what_it_is(page: Path):
     [
         ("unclip genrate x", "there is no unclip genrate"),
         ("unclip generate x --from runs --out o --nmu 3", "--nmu"),
-        ("unclip generate x --from runs", "needs --out"),
-        ("unclip generate x --from runs --out o --num none", "none"),
-        ("unclip data check a b", "does not take"),
+        ("unclip generate x --from runs", "out"),
+        ("unclip generate x --from runs --out o --num none", "integer"),
+        ("unclip data check a b", "unexpected extra argument"),
         ("train-prior run=r data.path=d model.net.widht=1", "did you mean 'width'"),
         ("train-prior run=r data.path=d optim.lr=fast", "is not a valid float"),
         ("train-decoder data.path=d data.embeddings=e", "run is not set"),

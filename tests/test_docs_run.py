@@ -33,6 +33,8 @@ NOT_RUN = {
     "launch=slurm": "the same",
     "scripts/compare_priors.sh": "trains six priors for minutes; tests/test_compare_priors.py",
     "python scripts/": "measure for minutes, or write pages; tests/test_bench*.py run them at --smoke",
+    "trainer.max_minutes=": "the README's commands once more, with a limit",
+    "unclip verdict": "draws 256 pictures in five ways; tests/test_chain.py",
     "unclip plan experiment=paper_decoder": "half a minute; tests/test_plan.py plans smaller nets",
     "unclip plan experiment=karlo_prior": "the same",
     "unclip plan stage=upsampler": "the same",
@@ -52,10 +54,16 @@ SLOW = {"sweep=": "trains one model for each trial"}
 # What makes a command small enough for a test, appended to it.
 SMALL = {
     "unclip data shapes": ["--num", "64"],
-    "train-clip": [*TINY["clip"], "data.max_val=8"],
+    "unclip data folder": ["--val", "0.2"],
+    "unclip import embeddings": ["--val", "0.2"],
+    "unclip prior-stats": ["--num", "8"],
+    "train-clip": TINY["clip"],
+    "train-prior sweep=ar_prior_pca": [*TINY["ar_prior"], "model.num_components=2,4"],
+    "train-prior sweep=prior_lr_dropout": [*TINY["prior"], "hydra.sweeper.num_trials=2"],
     "train-prior": TINY["prior"],
+    "train-decoder sweep=grid": [setting for setting in TINY["decoder"] if not setting.startswith("optim.lr=")],
     "train-decoder": TINY["decoder"],
-    "train-upsampler": [*TINY["upsampler"], "data.image_size=32"],
+    "train-upsampler": [*TINY["upsampler"], "model.diffusion.predict=x0", "data.image_size=32"],
     "unclip vary": ["--decoder-steps", "2"],
     "unclip interpolate": ["--decoder-steps", "2"],
     "unclip edit": ["--decoder-steps", "2"],
@@ -73,6 +81,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _write_pictures(root)
     PageRunner(root, {**NOT_RUN, **SLOW}, SMALL).run(ROOT / "README.md")
     (root / "DATA").symlink_to("data/shapes")
+    (root / "SOME_PICTURES").symlink_to("data/shapes/train")
     with contextlib.chdir(root):
         words = "export embeddings runs/embeddings --out SRC --data DATA"
         exported = CliRunner().invoke(app, words.split())

@@ -49,7 +49,7 @@ def test_the_reference_shows_what_may_be_relied_on(site: Path):
         *(f"unclip.pipeline.UnCLIP.{method}" for method in ("load", "generate", "vary", "edit", "embed_image")),
         *("unclip.artifact.load", "unclip.artifact.Manifest", "unclip.train.train"),
         *(
-            "unclip.config.TrainerConfig.batch_size",
+            "unclip.config.TrainerConfig",
             "unclip.models.decoder.DecoderConfig",
             "unclip.errors.UnclipError",
             "unclip.recipe.from_png",
@@ -58,6 +58,7 @@ def test_the_reference_shows_what_may_be_relied_on(site: Path):
         assert f'id="{name}"' in page, name
     text = html.unescape(re.sub(r"<[^>]+>", "", page))
     assert "the same seed gives the same picture in any batch" in " ".join(text.split())
+    assert "accumulate: int = 1" in text, "settings with their defaults"
     assert not re.findall(r":(?:class|func|meth):", text)
 
 
