@@ -62,13 +62,11 @@ class PageRunner:
         self.ran.append(str(block))
 
     def _yaml(self, block: Block) -> None:
-        """A file, whose path is in its first line: for a command below it."""
-        path = Path(block.text.splitlines()[0].removeprefix("# "))
-        assert path.suffix == ".yaml", (
-            f"{block}: begin it with the path of its file, as in # my-conf/experiment/mine.yaml"
-        )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(block.text + "\n")
+        """A file, which one of its first lines names: for a command below it."""
+        name = re.search(r"^# (\S+\.yaml)$", block.text, re.MULTILINE)
+        assert name, f"{block}: name the file in a comment, such as # my-conf/experiment/mine.yaml"
+        Path(name[1]).parent.mkdir(parents=True, exist_ok=True)
+        Path(name[1]).write_text(block.text + "\n")
 
     def _command(self, command: Command) -> None:
         if named_in(line_of(command), self.leave_out):
