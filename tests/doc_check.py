@@ -41,9 +41,11 @@ NEEDED = {
     "train_decoder": ["run=r", "data.path=d", "data.embeddings=e"],
     "train_upsampler": ["run=r", "data.path=d"],
     "embed": ["run=r", "clip=c", "data=d"],
-    "prior": ["run=r", "prior=p", "data.path=d", "data.embeddings=e"],  # unclip-evaluate prior
+    "prior": ["run=r", "prior=p", "data.path=d", "data.embeddings=e"],  # of unclip-evaluate
+    "pictures": ["run=r", "drawn.folder=d", "real.folder=r"],
+    "coco": ["run=r", "drawn.runs=d", "real.coco=c"],
 }
-_PLACEHOLDER = re.compile(r"…|[A-Z][A-Z_0-9]*(\.[a-z]+)?")  # RUN, NAMES.txt
+_PLACEHOLDER = re.compile(r".*(…|\.\.\.)|[A-Z][A-Z_0-9]*(\.[a-z]+)?")  # paper_…, RUN, NAMES.txt
 
 
 class WrongCommandError(AssertionError):
@@ -83,7 +85,8 @@ def check_settings(root: str, words: list[str], inline: bool = False) -> None:
     for word in _without_options(words):
         key, equals, value = word.partition("=")
         refuse(not equals, f"{word} is no setting")
-        if _PLACEHOLDER.fullmatch(value) and not (key in ("run", "clip", "data", "prior") or key.endswith("path")):
+        named = key in ("run", "clip", "data", "prior") or key.endswith("path")
+        if (inline or open_end) and _PLACEHOLDER.fullmatch(value) and not named:
             group = key in {folder.name for folder in CONF.iterdir() if folder.is_dir()}
             refuse(not group and key not in known_settings(), f"there is no setting {key}")
             continue
@@ -91,11 +94,21 @@ def check_settings(root: str, words: list[str], inline: bool = False) -> None:
     given = {override.partition("=")[0] for override in overrides}
     elsewhere = {key for key in given if key.startswith("launch.")} if "launch=slurm" not in overrides else set()
     refuse(bool(elsewhere), f"{elsewhere} without launch=slurm")
+    if any(key == "init" for key in given):  # the rest of the model is the artifact's
+        unknown = {key for key in given if key not in known_settings()}
+        refuse(bool(unknown), f"there is no setting {unknown}")
+        return
     if inline or open_end:
-        needed = NEEDED.get(kind or root, ["run=r"])
-        overrides = [need for need in needed if need.partition("=")[0] not in given] + overrides
+        overrides = [need for need in NEEDED[kind or root] if not _is_given(need, given)] + overrides
     config = EVALUATIONS[kind][0] if kind else CONFIGS[root]
     _compose(root, tuple([f"evaluation={kind}"] * bool(kind) + overrides), config)
+
+
+def _is_given(need: str, given: set[str]) -> bool:
+    """Whether a setting is among the given ones; of where pictures come from any other does, too."""
+    key = need.partition("=")[0]
+    group = key.partition(".")[0] + "."
+    return key in given or (group in ("drawn.", "real.") and any(other.startswith(group) for other in given))
 
 
 def _without_options(words: list[str]) -> list[str]:
@@ -185,7 +198,7 @@ def _make_path(path: Path) -> None:
 
 def _make(command: Command) -> None:
     text = (ROOT / "Makefile").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", text, re.MULTILINE))
+    targets = set(re.findall(r"^([\w./-]+):", text, re.MULTILINE))
     for word in command.words[1:]:
         name, equals, _ = word.partition("=")
         if equals:
