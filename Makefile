@@ -45,6 +45,10 @@ bench: setup .venv-peer/ready ## Measure against the peers, each in its own envi
 	.venv-peer/bin/python -m pip install --quiet -c $< dalle2-pytorch setuptools
 	@touch $@
 
+docs: setup ## Build the documentation as a site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'open site/index.html'
+
 lint: setup ## Check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,6 +61,6 @@ format: setup ## Rewrite the code in the house style
 	$(BIN)/ruff format .
 
 clean: ## Remove runs and caches; keeps .venv
-	rm -rf runs data dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf runs data dist site .pytest_cache .ruff_cache .hypothesis
 
-.PHONY: help setup setup-slurm demo emoji test test-slow bench lint types format clean
+.PHONY: help setup setup-slurm demo emoji test test-slow bench docs lint types format clean

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -88,6 +89,12 @@ def test_every_command_writes_pictures_that_repeat_bit_for_bit(place: Path, argu
     assert again["largest_difference"] == 0
     assert (np.asarray(Image.open(place / "again.png")) == np.asarray(Image.open(last))).all()
     assert Image.open(place / "again.png").info == Image.open(last).info
+
+
+def test_artifacts_without_their_runs_make_a_chain(place: Path, tmp_path: Path):
+    for stage in ("clip", "prior", "decoder", "upsampler"):
+        shutil.copytree(place / "runs" / stage / "artifact", tmp_path / stage)
+    assert UnCLIP.load(tmp_path).size == UnCLIP.load(place / "runs").size == 32
 
 
 def test_films_show_every_frame(place: Path):

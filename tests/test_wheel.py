@@ -40,6 +40,7 @@ def run(command: list[str], cwd: Path) -> str:
 def test_the_commands_help_and_train_outside_the_repository(installed: Path, tmp_path: Path) -> None:
     where = run([str(installed / "python"), "-c", "import unclip; print(unclip.__file__)"], tmp_path)
     assert Path(where.strip()).is_relative_to(installed.parent)
+    assert Path(where.strip()).with_name("py.typed").exists(), "type checkers read the annotations"
     assert "doctor" in run([str(installed / "unclip"), "--help"], tmp_path)
     assert "run: ???" in run([str(installed / "train-prior"), "--help"], tmp_path)
     shown = run([str(installed / "train-prior"), "launch=slurm", "--cfg", "hydra"], tmp_path)

@@ -229,6 +229,11 @@ def locate(folder: Path | str) -> Path:
     raise ArtifactError(f"{folder} holds no artifact: the stage has not finished, or this is not a run folder")
 
 
+def is_there(folder: Path) -> bool:
+    """Whether a run or artifact folder holds an artifact, by its files alone."""
+    return any((candidate / MANIFEST).is_file() for candidate in (folder / "artifact", folder))
+
+
 def content_hash(manifest: Manifest) -> str:
     """sha256 over the weights and everything that gives them meaning; statistics and metrics stay outside."""
     meaning = [

@@ -78,4 +78,5 @@ def folders_of(runs: Path) -> dict[str, Path]:
     found = {name: runs / name for name in ("clip", "prior", "decoder")}
     if not found["prior"].exists() and found["clip"].exists():
         del found["prior"]
-    return found | {path.name: path for path in sorted(runs.glob("upsampler*")) if (path / "artifact").exists()}
+    upsamplers = [path for path in sorted(runs.glob("upsampler*")) if artifact.is_there(path)]
+    return found | {path.name: path for path in upsamplers}
