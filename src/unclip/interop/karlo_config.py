@@ -284,16 +284,7 @@ def decoder_components(cfg: DecoderConfig, interface: Interface) -> tuple[dict[s
         ("another model.conditioning.num_image_tokens, since diffusers takes as many context tokens as pixels for "
          "none", tokens not in [side**2 for side in sides]),
     )  # fmt: skip
-    attends = [level in net.attention_levels for level in range(len(net.channels))]
-    unet = {
-        "_class_name": "UNet2DConditionModel",
-        **_unet_component(net, cfg.image_size, 6),
-        "down_block_types": ["SimpleCrossAttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends],
-        "up_block_types": ["SimpleCrossAttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)],
-        "cross_attention_dim": conditioning.context_dim,
-        "attention_head_dim": net.head_dim,
-        **DECODER_FIXED,
-    }
+    unet = unet_json(net, cfg.image_size, 6, conditioning.context_dim)
     text_proj = {
         "_class_name": "UnCLIPTextProjModel",
         "clip_extra_context_tokens": conditioning.num_image_tokens,
@@ -315,14 +306,7 @@ def upsampler_component(cfg: UpsamplerConfig) -> dict[str, Any]:
         ("model.net.patch=1", cfg.net.patch == 1),
         ("model.diffusion.learned_variance=false", not cfg.diffusion.learned_variance),
     )  # fmt: skip
-    levels = len(cfg.net.channels)
-    return {
-        "_class_name": "UNet2DModel",
-        **_unet_component(cfg.net, cfg.image_size, 3),
-        "down_block_types": ["ResnetDownsampleBlock2D"] * levels,
-        "up_block_types": ["ResnetUpsampleBlock2D"] * levels,
-        **UPSAMPLER_FIXED,
-    }
+    return unet_json(cfg.net, cfg.image_size, 3, None)
 
 
 def scheduler_component(cfg: DiffusionConfig) -> dict[str, Any]:
@@ -354,6 +338,28 @@ def _unet_component(net: UNetConfig, image_size: int, out_channels: int) -> dict
         "dropout": net.dropout,
         "resnet_time_scale_shift": "scale_shift" if net.scale_shift else "default",
     }
+
+
+def unet_json(net: UNetConfig, image_size: int, out_channels: int, context_dim: int | None) -> dict[str, Any]:
+    """diffusers' config of a decoder's U-Net or, without a context, of an upsampler's."""
+    levels = range(len(net.channels))
+    attends = [level in net.attention_levels for level in levels]
+    shared = _unet_component(net, image_size, out_channels) | {
+        "down_block_types": ["SimpleCrossAttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends],
+        "up_block_types": ["SimpleCrossAttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)],
+    }
+    if context_dim is None:
+        return {"_class_name": "UNet2DModel", **shared, **UPSAMPLER_FIXED}
+    own = {"cross_attention_dim": context_dim, "attention_head_dim": net.head_dim}
+    return {"_class_name": "UNet2DConditionModel", **shared, **own, **DECODER_FIXED}
+
+
+def scheduler_json(predict: str, variance: str, clip_range: float) -> dict[str, Any]:
+    """UnCLIPScheduler's config, by its own words."""
+    return {
+        "_class_name": "UnCLIPScheduler", "prediction_type": predict, "variance_type": variance,
+        "clip_sample_range": clip_range,
+    }  # fmt: skip
 
 
 def _refuse(what: str, reader: str, *settings: tuple[str, bool]) -> None:
