@@ -17,7 +17,8 @@ def tokenizer(pad: str = "<|endoftext|>") -> Any:
     from open_clip.tokenizer import bytes_to_unicode, default_bpe
     from transformers import CLIPTokenizer
 
-    merges = gzip.open(default_bpe()).read().decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
+    with gzip.open(default_bpe()) as file:
+        merges = file.read().decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
     letters = list(bytes_to_unicode().values())
     tokens = letters + [letter + "</w>" for letter in letters] + ["".join(merge.split()) for merge in merges]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
@@ -130,7 +131,7 @@ def variation(parts: dict[str, Any]) -> Any:
 
 
 def as_in_2022(folder: Path) -> None:
-    """A saved folder in the form of 2022: .bin weights with a stray table, short configs, old tokenizer files, its own class path."""
+    """A saved folder in the form of 2022: .bin weights with a stray table, short configs, old tokenizer files."""
     from safetensors.torch import load_file
 
     for path in [*folder.rglob("*.safetensors")]:

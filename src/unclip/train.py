@@ -97,7 +97,9 @@ class TunableTrainConfig(TrainConfig):
         if self.lora_rank and self.trainer.strategy == "fsdp2":
             raise ConfigError("lora_rank with trainer.strategy=fsdp2 is untested: take trainer.strategy=ddp")
         if self.lora_rank and self.optim.ema_profiles:
-            raise ConfigError("optim.ema_profiles averages whole weights, which lora_rank does not train: leave one out")
+            raise ConfigError(
+                "optim.ema_profiles averages whole weights, which lora_rank does not train: leave one out"
+            )
 
 
 @dataclass

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from unclip import artifact
-from unclip.data.shards import write_atomic
+from unclip.data.index import write_atomic
 from unclip.errors import ConfigError
 from unclip.models import Upsampler
 from unclip.models.interface import Interface

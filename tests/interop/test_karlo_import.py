@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from tests_support import environment
 from tiny_karlo import DECODER_SIZE, FULL_SIZE, D, as_in_2022, components, text_to_image, variation
 from torch.testing import assert_close
 
@@ -200,3 +203,47 @@ def test_the_manifest_tells_where_it_comes_from(runs: Path):
     assert manifest.settings["imported"] == {"from": "UnCLIPPipeline", "licence": "LICENSE"}
     assert manifest.parents == {"clip": artifact.read_manifest(runs / "clip").hash}
     assert "/" not in json.dumps(artifact.read_manifest(runs / "clip").config)
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from unclip.interop.karlo import import_karlo
+
+def memory(name):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+warm, folder, out = map(Path, sys.argv[1:])
+import_karlo(warm, out / "warm")
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+import_karlo(folder, out / "runs")
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by Linux' own peak")
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_the_peak_of_memory_is_that_of_the_largest_component(karlo: SimpleNamespace, tmp_path: Path, form: str):
+    """Two upsamplers of 84 MB each become one artifact of 168 MB."""
+    from diffusers import UNet2DModel
+
+    net = UNet2DModel(
+        sample_size=FULL_SIZE, in_channels=6, out_channels=3, layers_per_block=1, add_attention=False,
+        down_block_types=("ResnetDownsampleBlock2D",) * 2, up_block_types=("ResnetUpsampleBlock2D",) * 2,
+        block_out_channels=(192, 384),
+    )  # fmt: skip
+    size = sum(4 * p.numel() for p in net.parameters())
+    folder = shutil.copytree(karlo.t2i, tmp_path / "t2i")
+    for name in ("super_res_first", "super_res_last"):
+        net.save_pretrained(folder / name)
+    if form == "bin":
+        as_in_2022(folder)
+    given = [str(path) for path in (karlo.t2i, folder, tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *given], capture_output=True, text=True, check=True, env=environment()
+    )
+    assert size > 80e6
+    assert 0.5 * size < float(done.stdout) <= 1.2 * size, f"{float(done.stdout) / size:.2f} times the largest component"
+    written = (tmp_path / "runs" / "upsampler" / "artifact" / "weights.safetensors").stat().st_size
+    assert written > 2 * size

@@ -32,7 +32,9 @@ def inspect_path(path: Path, out: Path | None, max_rows: int, console: Console |
         _describe_file(describe(path), path, console)
         return
     if not path.is_dir():
-        raise ConfigError(f"{path} is not a folder; give an embeddings folder, a run or an artifact, or a checkpoint's file")
+        raise ConfigError(
+            f"{path} is not a folder; give an embeddings folder, a run or an artifact, or a checkpoint's file"
+        )
     if _kind(path) == "embeddings":
         _inspect_embeddings(path, out, max_rows, console)
         return
@@ -72,7 +74,9 @@ def _describe(manifest: Manifest, path: Path, console: Console) -> None:
 
 
 def _describe_file(found: Description, path: Path, console: Console) -> None:
-    console.print(f"{path} is {found.what}; {path.stat().st_size / 1e6:.1f} MB. No code in it was run.", highlight=False)
+    console.print(
+        f"{path} is {found.what}; {path.stat().st_size / 1e6:.1f} MB. No code in it was run.", highlight=False
+    )
     table = Table("part", "tensors", "numbers", "type", title="Weights", title_justify="left")
     for name, part in found.parts.items():
         table.add_row(name, f"{part.tensors:,}", f"{part.numbers:,}", ", ".join(sorted(part.types)))

@@ -14,7 +14,8 @@ def import_karlo(
     ],
     out: Out,
     clip: Annotated[
-        Path | None, typer.Option(exists=True, help="Run of the CLIP, where the folder brings none or another is wanted.")
+        Path | None,
+        typer.Option(exists=True, help="Run of the CLIP, where the folder brings none or another is wanted."),
     ] = None,
     image_encoder: Annotated[
         Path | None, typer.Option(exists=True, help="Folder with CLIP's picture tower, where the pipeline has none.")

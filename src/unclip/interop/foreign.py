@@ -79,7 +79,8 @@ def write(found: Foreign, out: Path, clip: Path | None, about: dict[str, Any]) -
         check(stage, interface)
     try:
         if clip is None:
-            assert cfg is not None and found.clip is not None
+            assert cfg is not None
+            assert found.clip is not None
             _write_clip(folders[0], cfg, found.clip, about)
         else:
             artifact.save(folders[0], artifact.read_weights(clip), artifact.read_manifest(clip, kind="clip"))
@@ -208,7 +209,7 @@ def read_json(path: Path, class_name: str | None = None) -> dict[str, Any]:
         raise ArtifactError(f"{path} is missing: the folder is not complete; fetch it again") from error
     except ValueError as error:
         raise ArtifactError(f"{path} is damaged ({error}); fetch the folder again") from error
-    if not isinstance(found, dict) or class_name is not None and class_name not in found.get("architectures", []):
+    if not isinstance(found, dict) or (class_name is not None and class_name not in found.get("architectures", [])):
         kind = ", ".join(found.get("architectures", [])) if isinstance(found, dict) else "no mapping"
         raise ArtifactError(f"{path} describes {kind or 'no class'} where {class_name} is needed")
     return found

@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-
 from unclip.errors import ArtifactError, ConfigError
 from unclip.interop.foreign import ClipFolders, Foreign, Stage, read_json, renamed, write
 from unclip.interop.karlo_checkpoint import read_checkpoints
@@ -46,7 +45,9 @@ def import_karlo(folder: Path, out: Path, clip: Path | None = None, image_encode
     if image_encoder is not None:
         _add_image_encoder(found, image_encoder)
     licence = _licence(folder)
-    about = {"imported": {"from": found.name, "licence": licence.name if licence else f"not found; Karlo's is {LICENCE}"}}
+    about = {
+        "imported": {"from": found.name, "licence": licence.name if licence else f"not found; Karlo's is {LICENCE}"}
+    }
     folders = write(found, out, clip, about)
     if licence is not None:
         shutil.copyfile(licence, out / licence.name)
@@ -96,10 +97,11 @@ def read_pipeline(folder: Path) -> Foreign:
             raise ConfigError(f"{folder / 'model_index.json'} names {said} as {part} where {class_name} is needed")
         if not (folder / part).is_dir():
             raise ArtifactError(f"{folder / part} is missing, which model_index.json names; fetch the folder again")
-    parts, image = PIPELINES[name], folder / "image_encoder"  # which a text-to-image folder may have beside what it needs
-    clip = ClipFolders(
-        folder / "text_encoder", image if image.is_dir() else None, _preprocess(folder)
-    )
+    parts, image = (
+        PIPELINES[name],
+        folder / "image_encoder",
+    )  # which a text-to-image folder may have beside what it needs
+    clip = ClipFolders(folder / "text_encoder", image if image.is_dir() else None, _preprocess(folder))
     stages = []
     if "prior" in parts:
         scheduler = "prior_scheduler" if "prior_scheduler" in parts else "scheduler"
@@ -115,7 +117,9 @@ def _prior(folder: Path, config: dict[str, Any] | None, scheduler: dict[str, Any
     sources = renamed(component(folder), "net.")
     statistics = {name: sources.pop(f"net.{name}") for name in ("clip_mean", "clip_std") if f"net.{name}" in sources}
     if "clip_std" in statistics and not _positive(statistics["clip_std"]):
-        raise ArtifactError(f"{folder}: clip_std is not positive, so z_i cannot be whitened: this prior was never trained")
+        raise ArtifactError(
+            f"{folder}: clip_std is not positive, so z_i cannot be whitened: this prior was never trained"
+        )
     return Stage("prior", cfg, sources | statistics, str(folder), prior_interface(config), "net.")
 
 
@@ -149,13 +153,19 @@ def _preprocess(folder: Path) -> dict[str, Any]:
     for name in ("feature_extractor", "image_processor"):
         if (folder / name / "preprocessor_config.json").is_file():
             found = read_json(folder / name / "preprocessor_config.json")
-            return {ours: found[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in found}
+            return {
+                ours: found[theirs]
+                for ours, theirs in (("mean", "image_mean"), ("std", "image_std"))
+                if theirs in found
+            }
     return {}
 
 
 def _add_image_encoder(found: Foreign, folder: Path) -> None:
     if found.clip is None or found.clip.image is not None:
-        raise ConfigError(f"{found.name} {'has its own picture tower' if found.clip else 'brings no CLIP'}: leave out --image-encoder")
+        raise ConfigError(
+            f"{found.name} {'has its own picture tower' if found.clip else 'brings no CLIP'}: leave out --image-encoder"
+        )
     whole = folder / "image_encoder"
     found.clip.image = whole if whole.is_dir() else folder
     found.clip.preprocess = _preprocess(folder)

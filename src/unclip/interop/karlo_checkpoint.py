@@ -60,7 +60,9 @@ def read_checkpoints(folder: Path) -> Foreign:
         elif "model.cf_param" in found:
             stages.append(_decoder(_below(found, "model.", file), file))
         else:
-            raise ArtifactError(f"{file} is no checkpoint of Karlo: it has neither its prior, its decoder nor its upsampler")
+            raise ArtifactError(
+                f"{file} is no checkpoint of Karlo: it has neither its prior, its decoder nor its upsampler"
+            )
     kinds = [stage.kind for stage in stages]
     if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
         raise ConfigError(f"{folder} holds several checkpoints of the {twice[0]}; leave the one to import there")
@@ -134,7 +136,9 @@ def _prior(theirs: _Theirs, file: Path) -> Stage:
     for ours, name in PRIOR.items():
         sources |= theirs.layer(ours, name)
     for ours, name in (("positional_embedding", "positional_embedding"), ("prd_embedding", "prd_emb")):
-        sources[ours] = replace(theirs.take(name), shape=(1, *theirs.shape(name)[-2:]), change=lambda v: v.view(1, *v.shape[-2:]))
+        sources[ours] = replace(
+            theirs.take(name), shape=(1, *theirs.shape(name)[-2:]), change=lambda v: v.view(1, *v.shape[-2:])
+        )
     for block in range(depth):
         mine, its = f"transformer_blocks.{block}", f"transformer.resblocks.{block}"
         for ours, name in PRIOR_BLOCK.items():
@@ -150,7 +154,9 @@ def _statistics(file: Path) -> dict[str, Source]:
     """Mean and standard deviation of z_i, from the file beside the prior."""
     beside = sorted(file.parent.glob("*stats.th"))
     if len(beside) != 1:
-        raise ArtifactError(f"{file} needs the statistics of z_i beside it, ViT-L-14_stats.th; {len(beside)} such files are there")
+        raise ArtifactError(
+            f"{file} needs the statistics of z_i beside it, ViT-L-14_stats.th; {len(beside)} such files are there"
+        )
     found = list(described(beside[0]).values())
     if len(found) != 2 or len({source.shape for source in found}) != 1:
         raise ArtifactError(f"{beside[0]} does not hold a mean and a standard deviation")
@@ -218,7 +224,9 @@ def unet_sources(theirs: _Theirs, net: UNetConfig) -> Iterator[tuple[str, Source
     levels, number = len(net.channels), 1
     for level in range(levels):
         for block in range(net.num_blocks):
-            yield from _pair(theirs, f"down_blocks.{level}", block, f"input_blocks.{number}", level in net.attention_levels)
+            yield from _pair(
+                theirs, f"down_blocks.{level}", block, f"input_blocks.{number}", level in net.attention_levels
+            )
             number += 1
         if level < levels - 1:
             yield from _resnet(theirs, f"down_blocks.{level}.downsamplers.0", f"input_blocks.{number}.0")

@@ -26,7 +26,10 @@ ENDINGS = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")  # the firs
 TENSORS = {  # what a file of tensors is made of; all else that a pickle names becomes an Unknown
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "defaultdict"): collections.defaultdict,
-    **{("builtins", kind.__name__): kind for kind in (dict, list, tuple, set, frozenset, int, float, bool, complex, str)},
+    **{
+        ("builtins", kind.__name__): kind
+        for kind in (dict, list, tuple, set, frozenset, int, float, bool, complex, str)
+    },
     ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,  # pyright: ignore[reportPrivateImportUsage]
     ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,  # pyright: ignore[reportPrivateImportUsage]
     ("torch", "Size"): torch.Size,
@@ -212,6 +215,8 @@ def read_pickle(file: Path) -> Any:
     with zipfile.ZipFile(file) as archive:
         names = [name.rpartition("/")[2] for name in archive.namelist()]
     if "constants.pkl" in names or "data.pkl" not in names:
-        raise ArtifactError(f"{file} is a TorchScript archive or another zip file, not a checkpoint: it holds a program")
+        raise ArtifactError(
+            f"{file} is a TorchScript archive or another zip file, not a checkpoint: it holds a program"
+        )
     with _told(file):
         return torch.load(file, map_location="cpu", mmap=True, weights_only=False, pickle_module=_PICKLE)

@@ -18,7 +18,9 @@ def add_lora(model: Any, name: str, rank: int) -> Any:
     that one. Returns what :func:`merge_lora` needs. Raises ConfigError for another model, or without peft.
     """
     if name not in TARGETS:
-        raise ConfigError(f"lora_rank is for {', '.join(TARGETS)}, not for {name}: set it to 0, which trains all weights")
+        raise ConfigError(
+            f"lora_rank is for {', '.join(TARGETS)}, not for {name}: set it to 0, which trains all weights"
+        )
     try:
         from peft import LoraConfig, LoraModel
     except ImportError as error:

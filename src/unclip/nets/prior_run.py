@@ -107,9 +107,7 @@ class _Block:
         self.norm1, self.norm3, self.num_heads = _norm(block.norm1), _norm(block.norm3), attention.num_heads
         self.norm_q, self.norm_k = attention.norm_q, attention.norm_k
         projections = (attention.to_q, attention.to_k, attention.to_v)
-        self.qkv = tuple(
-            torch.cat(side).to(dtype) for side in zip(*(_weights(p) for p in projections), strict=True)
-        )
+        self.qkv = tuple(torch.cat(side).to(dtype) for side in zip(*(_weights(p) for p in projections), strict=True))
         self.out = _affine(attention.to_out[0], dtype)
         self.up, self.down = (_affine(part, dtype) for part in (block.ff.net[0].proj, block.ff.net[2]))
         self.dtype = dtype
