@@ -3,18 +3,23 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from tests_support import run_command
+from hydra import compose, initialize_config_dir
+from omegaconf import open_dict
 from tiny_karlo import FULL_SIZE, components, text_to_image
 
 from unclip import artifact
-from unclip.cli.train import with_init
+from unclip.cli.train import CONF, forced, with_init
+from unclip.config import typed
+from unclip.data.embed import EmbedConfig, embed
 from unclip.data.shards import ShardWriter
 from unclip.errors import ConfigError
 from unclip.interop.karlo import import_karlo
+from unclip.train import DecoderTrainConfig, PriorTrainConfig, UpsamplerTrainConfig, train
 
 SHORT = [
     "trainer.batch_size=16",
@@ -30,7 +35,8 @@ SHORT += [
     "logger=none",
     "optim.ema_decay=0",
 ]
-COLUMNS = "columns=[image_emb,text_emb,tokens,text_seq]"
+COLUMNS = ["image_emb", "text_emb", "tokens", "text_seq"]
+CONFIGS = {"prior": PriorTrainConfig, "decoder": DecoderTrainConfig, "upsampler": UpsamplerTrainConfig}
 
 
 def png(rng: np.random.Generator) -> bytes:
@@ -58,15 +64,29 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with ShardWriter(root / "data" / split) as writer:
             for i in range(count):
                 writer.write(f"{i:04d}", png(rng), f"picture number {i} of {split}", {})
-    run_command("unclip-embed", "run=embeddings", "clip=karlo/clip", "data=data", COLUMNS, cwd=root)
+    embed(
+        EmbedConfig(
+            run=str(root / "embeddings"), clip=str(root / "karlo" / "clip"), data=str(root / "data"), columns=COLUMNS
+        )
+    )
     return root
 
 
+def raw(stage: str, root: Path, name: str, *overrides: str) -> Any:
+    """The command's settings, as Hydra composes them."""
+    given = [f"run={root / name}", f"init={root / 'karlo' / stage}", f"data.path={root / 'data'}"]
+    given += [] if stage == "upsampler" else [f"data.embeddings={root / 'embeddings'}"]
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        found = compose(f"train_{stage}", [forced(o) for o in (*given, *overrides)])
+    with open_dict(found):
+        found.pop("launch", None)
+    return found
+
+
 def tune(root: Path, stage: str, name: str, *settings: str, steps: int = 30) -> list[float]:
-    """Train; the mean losses of every ten steps."""
-    wanted = [f"train-{stage}", f"run={name}", f"init=karlo/{stage}", "data.path=data", f"trainer.max_steps={steps}"]
-    wanted += [] if stage == "upsampler" else ["data.embeddings=embeddings"]
-    run_command(*wanted, *SHORT, *settings, cwd=root)
+    """Train as the command does; the mean losses of every ten steps."""
+    found = raw(stage, root, name, f"trainer.max_steps={steps}", *SHORT, *settings)
+    train(typed(with_init(found, stage), CONFIGS[stage]))
     lines = [json.loads(line) for line in (root / name / "metrics.jsonl").read_text().splitlines()]
     return [line["train/mse"] for line in lines if "train/mse" in line]
 
@@ -133,49 +153,27 @@ def test_sampling_sees_the_adapters(root: Path):
     torch.testing.assert_close(merged, tuned, atol=1e-5, rtol=1e-5)
 
 
-def raw(stage: str, root: Path, *overrides: str):
-    from hydra import compose, initialize_config_dir
-    from omegaconf import open_dict
-
-    from unclip.cli.train import CONF, forced
-
-    given = [
-        f"run={root / 'refused'}",
-        f"data.path={root / 'data'}",
-        f"data.embeddings={root / 'embeddings'}",
-        *overrides,
-    ]
-    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
-        found = compose(f"train_{stage}", [forced(o) for o in given])
-    with open_dict(found):
-        found.pop("launch", None)
-    return found
-
-
 def test_settings_come_from_the_artifact_and_what_is_given_on_top(root: Path):
-    found = with_init(raw("prior", root, f"init={root / 'karlo' / 'prior'}", "model.drop_text=0.5"), "prior").model
+    found = with_init(raw("prior", root, "given", "model.drop_text=0.5"), "prior").model
     assert (found.net.depth, found.drop_text, found.embedding_space) == (2, 0.5, "whitened")
     with pytest.raises(ConfigError, match="is a diffusion_prior, not a ar_prior: add model=diffusion_prior"):
-        with_init(raw("prior", root, f"init={root / 'karlo' / 'prior'}", "model=ar_prior"), "prior")
+        with_init(raw("prior", root, "given", "model=ar_prior"), "prior")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["model.net.depth=3"], "model.* is another net than that of init=karlo/prior"),
+        (["model.net.depth=3"], "model.* is another net than that of init="),
         (["lora_rank=-1"], "lora_rank=-1 adds to trained weights"),
         (["lora_rank=2", "trainer.strategy=fsdp2"], "take trainer.strategy=ddp"),
         (["lora_rank=2", "optim.ema_profiles=[0.1]"], "leave one out"),
-        (["init=karlo/decoder"], "is a decoder artifact where a prior is needed"),
+        (["init=DECODER"], "is a decoder artifact where a prior is needed"),
     ],
 )
-def test_bad_settings_are_refused(root: Path, settings: list[str], message: str, monkeypatch: pytest.MonkeyPatch):
-    from unclip.config import typed
-    from unclip.train import PriorTrainConfig, train
-
-    monkeypatch.chdir(root)
+def test_bad_settings_are_refused(root: Path, settings: list[str], message: str):
+    settings = [s.replace("DECODER", str(root / "karlo" / "decoder")) for s in settings]
     with pytest.raises(Exception, match=message.replace("*", r"\*")) as caught:
-        train(typed(with_init(raw("prior", root, "init=karlo/prior", *settings), "prior"), PriorTrainConfig))
+        train(typed(with_init(raw("prior", root, "refused", *settings), "prior"), PriorTrainConfig))
     assert "unclip.errors" in type(caught.value).__module__
 
 

@@ -1,13 +1,13 @@
 """Training that starts from another run's artifact: its settings, its weights, and low-rank adapters instead of them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from unclip import artifact
-from unclip.data.index import write_atomic
 from unclip.errors import ConfigError
 from unclip.models import Upsampler
 from unclip.models.interface import Interface
@@ -53,7 +53,9 @@ def start_from(init: str, model: Any, kind: str, interface: Interface, run: Path
         first = artifact.read_weights(model.cfg.first)
         model.net.load_state_dict({n.removeprefix("net."): v for n, v in first.items() if n.startswith("net.")})
     run.mkdir(parents=True, exist_ok=True)
-    write_atomic(run / INIT, (json.dumps({"from": init, "hash": manifest.hash}) + "\n").encode())
+    draft = run / f"{INIT}.{os.getpid()}.tmp"  # one for each rank
+    draft.write_text(json.dumps({"from": init, "hash": manifest.hash}) + "\n")
+    os.replace(draft, run / INIT)
 
 
 def _fitted(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -41,7 +41,10 @@ def import_karlo(folder: Path, out: Path, clip: Path | None = None, image_encode
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give that of a pipeline, as diffusers or a download writes it")
-    found = read_folder(folder)
+    try:
+        found = read_folder(folder)
+    except ValueError as error:  # also of a configuration that contradicts itself
+        raise ConfigError(f"{folder}: {error}" if not isinstance(error, ConfigError) else str(error)) from error
     if image_encoder is not None:
         _add_image_encoder(found, image_encoder)
     licence = _licence(folder)

@@ -205,7 +205,7 @@ def _unet(found: Component, attending: tuple[str, str], head_dim: int) -> UNetCo
     names = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
     down, up = found.get("down_block_types", ()), found.get("up_block_types", ())
     for name, blocks, index in (("down_block_types", down, 0), ("up_block_types", up, 1)):
-        if odd := {*blocks} - {names[index], attending[index]} or ({} if blocks else {"unset"}):
+        if odd := {*blocks} - {names[index], attending[index]} or (set() if blocks else {"unset"}):
             raise ConfigError(f"{found.where}: {name} has {', '.join(sorted(odd))}; only {names[index]} and "
                               f"{attending[index]} can be imported")  # fmt: skip
     levels = [level for level, name in enumerate(down) if name == attending[0]]
