@@ -75,16 +75,20 @@ def _describe(manifest: Manifest, path: Path, console: Console) -> None:
 
 def _describe_file(found: Description, path: Path, console: Console) -> None:
     console.print(
-        f"{path} is {found.what}; {path.stat().st_size / 1e6:.1f} MB. No code in it was run.", highlight=False
+        f"{path} is {found.what}; {path.stat().st_size / 1e6:.1f} MB. No code in it was run.",
+        highlight=False,
+        soft_wrap=True,
     )
     table = Table("part", "tensors", "numbers", "type", title="Weights", title_justify="left")
     for name, part in found.parts.items():
         table.add_row(name, f"{part.tensors:,}", f"{part.numbers:,}", ", ".join(sorted(part.types)))
     console.print(table)
     for name, value in found.values.items():
-        console.print(f"{name}: {value}", highlight=False)
+        console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
     if found.left_out:
-        console.print(f"Left out, since they are no tensors: {', '.join(found.left_out)}.", highlight=False)
+        console.print(
+            f"Left out, since they are no tensors: {', '.join(found.left_out)}.", highlight=False, soft_wrap=True
+        )
 
 
 def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _write_clip(folder: Path, cfg: CLIPConfig, folders: ClipFolders, about: dict
     artifact.save(folder, state, Manifest("clip", "clip", to_plain(cfg), interface, settings=about))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _empty_caption(clip: Path) -> dict[str, Tensor]:
     """What a CLIP makes of the caption "": tokens (L,), text_emb (D,) and text_seq (L, W)."""
     model: Any = artifact.load(clip, kind="clip")[0]

@@ -127,11 +127,11 @@ def _prior(theirs: _Theirs, file: Path) -> Stage:
     width, embed_dim = theirs.shape("clip_img_proj.weight")
     length = theirs.shape("positional_embedding")[-2] - 4
     depth = 1 + max(int(name.split(".")[2]) for name in theirs.found if name.startswith("transformer.resblocks."))
-    described = {
+    config = {
         "_class_name": "PriorTransformer", "num_attention_heads": width // HEAD, "attention_head_dim": HEAD,
         "num_layers": depth, "embedding_dim": embed_dim, "num_embeddings": length,
     }  # fmt: skip
-    cfg: DiffusionPriorConfig = prior_config(described, scheduler_json("sample", "fixed_small_log", CLAMP), str(file))
+    cfg: DiffusionPriorConfig = prior_config(config, scheduler_json("sample", "fixed_small_log", CLAMP), str(file))
     sources: dict[str, Source] = {}
     for ours, name in PRIOR.items():
         sources |= theirs.layer(ours, name)
@@ -160,8 +160,9 @@ def _statistics(file: Path) -> dict[str, Source]:
     found = list(described(beside[0]).values())
     if len(found) != 2 or len({source.shape for source in found}) != 1:
         raise ArtifactError(f"{beside[0]} does not hold a mean and a standard deviation")
-    row = {"shape": (1, found[0].shape[-1]), "change": lambda value: value.view(1, -1)}
-    return {name: replace(source, **row) for name, source in zip(("clip_mean", "clip_std"), found, strict=True)}
+    shape = (1, found[0].shape[-1])
+    mean, std = (replace(source, shape=shape, change=lambda value: value.view(1, -1)) for source in found)
+    return {"clip_mean": mean, "clip_std": std}
 
 
 def _decoder(theirs: _Theirs, file: Path) -> Stage:
@@ -172,8 +173,8 @@ def _decoder(theirs: _Theirs, file: Path) -> Stage:
         "_class_name": "UnCLIPTextProjModel", "clip_extra_context_tokens": tokens, "clip_embeddings_dim": embed_dim,
         "time_embed_dim": net.time_dim, "cross_attention_dim": context_dim,
     }  # fmt: skip
-    described = unet_json(net, LOW_SIZE, theirs.shape("out.2.weight")[0], context_dim)
-    cfg, _ = decoder_config(described, proj, scheduler_json("epsilon", "learned_range", 1.0))
+    config = unet_json(net, LOW_SIZE, theirs.shape("out.2.weight")[0], context_dim)
+    cfg, _ = decoder_config(config, proj, scheduler_json("epsilon", "learned_range", 1.0))
     sources = {f"net.unet.{name}": source for name, source in unet_sources(theirs, net)}
     for ours, name in TEXT_PROJ.items():
         sources |= theirs.layer(f"net.text_proj.{ours}", name)
@@ -193,8 +194,8 @@ def _upsampler(found: Mapping[str, Source], file: Path) -> Stage:
         theirs.check()
     if nets[0] != nets[1]:
         raise ArtifactError(f"{file}: its two nets are of different shapes")
-    described = unet_json(nets[0], SIZE, 3, None)
-    cfg = upsampler_config(described, scheduler_json("epsilon", "fixed_small_log", 1.0), LOW_SIZE, str(file))
+    config = unet_json(nets[0], SIZE, 3, None)
+    cfg = upsampler_config(config, scheduler_json("epsilon", "fixed_small_log", 1.0), LOW_SIZE, str(file))
     return Stage("upsampler", cfg, sources, str(file))
 
 
