@@ -43,7 +43,9 @@ def plain(net: PriorNet, context: PriorContext, x_t: torch.Tensor, step: int, *x
 
 @torch.no_grad()
 @pytest.mark.parametrize("text", list(PriorText))
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"null_text": NullText.learned}, {"null_text": NullText.empty}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": True}, {"null_text": NullText.learned}, {"null_text": NullText.empty}], ids=str
+)
 def test_every_step_of_a_run_equals_the_plain_forward(text: PriorText, options: dict):
     net, cond, x_t = make(text, **options), make_cond(), torch.randn(B, K, D)
     shown, dropped = net.prepare(cond, Keep()), net.prepare(cond, Keep(text=torch.zeros(B, dtype=torch.bool)))
