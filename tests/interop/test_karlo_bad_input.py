@@ -44,6 +44,14 @@ def renamed_weight(folder: Path) -> None:
     save_file(state, file)
 
 
+def other_words(folder: Path) -> None:
+    file = folder / "tokenizer" / "tokenizer.json"
+    found = json.loads(file.read_text())
+    words = found["model"]["vocab"]
+    words["horse</w>"], words["house</w>"] = words["house</w>"], words["horse</w>"]
+    file.write_text(json.dumps(found))
+
+
 CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another pipeline": (
         edited("model_index.json", _class_name="StableDiffusionPipeline"),
@@ -77,6 +85,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "prior" / "diffusion_pytorch_model.safetensors").unlink(), "prior holds no weights: neither"
     ),
     "file cut short": (cut, "cannot be read"),
+    "another vocabulary": (other_words, "captions of this pipeline have other words than CLIP's"),
     "another CLIP": (edited("prior/config.json", num_embeddings=60), "captions of up to 60 tokens"),
 }  # fmt: skip
 

@@ -213,3 +213,22 @@ def read_json(path: Path, class_name: str | None = None) -> dict[str, Any]:
         kind = ", ".join(found.get("architectures", [])) if isinstance(found, dict) else "no mapping"
         raise ArtifactError(f"{path} describes {kind or 'no class'} where {class_name} is needed")
     return found
+
+
+def check_vocabulary(folder: Path) -> None:
+    """Whether a tokenizer's words are CLIP's, old files or new; ArtifactError where not. Its ends may be named otherwise."""
+    from open_clip import SimpleTokenizer
+
+    if (folder / "vocab.json").is_file():
+        found = read_json(folder / "vocab.json")
+    elif (folder / "tokenizer.json").is_file():
+        found = read_json(folder / "tokenizer.json").get("model", {}).get("vocab", {})
+    else:
+        return
+    words = list(SimpleTokenizer().encoder.items())[:-2]
+    odd = next(((word, number) for word, number in words if found.get(word) != number), None)
+    if odd is not None:
+        raise ArtifactError(
+            f"{folder} reads {odd[0]!r} as token {found.get(odd[0])}, CLIP as {odd[1]}: captions of this pipeline have other words "
+            "than CLIP's, which cannot be imported"
+        )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip.errors import ArtifactError, ConfigError
-from unclip.interop.foreign import ClipFolders, Foreign, Stage, read_json, renamed, write
+from unclip.interop.foreign import ClipFolders, Foreign, Stage, check_vocabulary, read_json, renamed, write
 from unclip.interop.karlo_checkpoint import read_checkpoints
 from unclip.interop.karlo_config import decoder_config, prior_config, prior_interface, scheduler_json, upsampler_config
 from unclip.interop.weight_files import OneFile, Source, component
@@ -104,6 +104,7 @@ def read_pipeline(folder: Path) -> Foreign:
         PIPELINES[name],
         folder / "image_encoder",
     )  # which a text-to-image folder may have beside what it needs
+    check_vocabulary(folder / "tokenizer")
     clip = ClipFolders(folder / "text_encoder", image if image.is_dir() else None, _preprocess(folder))
     stages = []
     if "prior" in parts:
