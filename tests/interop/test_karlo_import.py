@@ -174,14 +174,18 @@ def test_the_form_of_2022(karlo: SimpleNamespace, tmp_path: Path):
     check_upsampler(tmp_path / "runs", karlo)
 
 
-def test_half_precision_files_are_read_as_float32(karlo: SimpleNamespace, tmp_path: Path):
+def in_half(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = shutil.copytree(karlo.variation, tmp_path / "half")
     for path in [*folder.rglob("*.safetensors")]:
         halves = {name: value.half() for name, value in load_file(path).items()}
         save_file(halves, path.with_name(f"{path.stem}.fp16.safetensors"))
         path.unlink()
+
+
+def test_half_precision_files_are_read_as_float32(karlo: SimpleNamespace, tmp_path: Path):
+    folder = shutil.copytree(karlo.variation, tmp_path / "half")
+    in_half(folder)
     import_karlo(folder, tmp_path / "runs")
     assert {p.name for p in (tmp_path / "runs").iterdir()} == {"clip", "decoder", "upsampler"}
     weights = artifact.read_weights(tmp_path / "runs" / "decoder")
@@ -223,7 +227,7 @@ print(memory("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured by Linux' own peak")
-@pytest.mark.parametrize("form", ["safetensors", "bin"])
+@pytest.mark.parametrize("form", ["safetensors", "bin", "half"])
 def test_the_peak_of_memory_is_that_of_the_largest_component(karlo: SimpleNamespace, tmp_path: Path, form: str):
     """Two upsamplers of 84 MB each become one artifact of 168 MB."""
     from diffusers import UNet2DModel
@@ -239,6 +243,8 @@ def test_the_peak_of_memory_is_that_of_the_largest_component(karlo: SimpleNamesp
         net.save_pretrained(folder / name)
     if form == "bin":
         as_in_2022(folder)
+    if form == "half":
+        in_half(folder)
     given = [str(path) for path in (karlo.t2i, folder, tmp_path)]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *given], capture_output=True, text=True, check=True, env=environment()
