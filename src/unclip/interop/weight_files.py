@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch._utils import _rebuild_parameter, _rebuild_tensor_v2
 
 from unclip.errors import ArtifactError
 
@@ -30,8 +31,8 @@ TENSORS = {  # what a file of tensors is made of; all else that a pickle names b
         ("builtins", kind.__name__): kind
         for kind in (dict, list, tuple, set, frozenset, int, float, bool, complex, str)
     },
-    ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,  # pyright: ignore[reportPrivateImportUsage]
-    ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,  # pyright: ignore[reportPrivateImportUsage]
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch", "Size"): torch.Size,
     ("torch", "device"): torch.device,
 }
