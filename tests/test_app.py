@@ -38,6 +38,7 @@ def test_all_commands_are_known():
     assert names == data | {
         "import clip",
         "import embeddings",
+        "import karlo",
         "export embeddings",
         "wise-ft",
         "inspect",

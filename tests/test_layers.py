@@ -15,7 +15,7 @@ LAYERS = [
     {"data", "evaluation"},
     {"stages", "interop", "report"},
     {"wandb_files", "loggers", "checkpoint", "watch"},
-    {"callbacks", "optim", "run_lock", "batches", "jobs", "loading", "recipe", "plan"},
+    {"callbacks", "optim", "run_lock", "batches", "jobs", "loading", "recipe", "plan", "tuning"},
     {"chain"},
     {"manipulate"},
     {"pipeline"},

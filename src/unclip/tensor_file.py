@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,14 +28,15 @@ NAMES = {
 def write_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> None:
     """Write ``tensors`` to ``path`` and on to the disk. Where some are sharded all ranks call it, all but one with None."""
     rank = {dtype: n for n, dtype in enumerate(NAMES)}
-    order = sorted(tensors, key=lambda name: (-rank[tensors[name].dtype], name))
+    kinds = {name: _Kind.of(tensors[name]) for name in tensors}  # one at a time: they may be read from a file
+    order = sorted(kinds, key=lambda name: (-rank[kinds[name].dtype], name))
     if path is None:
         for name in order:
             _whole(tensors[name])
         return
     try:
         with path.open("wb") as file:
-            file.write(_header({name: tensors[name] for name in order}))
+            file.write(_header({name: kinds[name] for name in order}))
             for name in order:
                 data = _whole(tensors[name]).detach().cpu().contiguous().reshape(-1)
                 file.write(data.view(torch.uint8).numpy().data)
@@ -49,12 +51,25 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _header(tensors: Mapping[str, Tensor]) -> bytes:
+@dataclass(frozen=True)
+class _Kind:
+    """What a file says of a tensor before its numbers."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    num_bytes: int
+
+    @staticmethod
+    def of(tensor: Tensor) -> "_Kind":
+        return _Kind(tensor.dtype, list(tensor.shape), tensor.numel() * tensor.element_size())
+
+
+def _header(kinds: Mapping[str, _Kind]) -> bytes:
     """Its length in eight bytes, then names, types, shapes and places as JSON, padded with spaces to a multiple of eight."""
     found, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        found[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, kind in kinds.items():
+        start, end = end, end + kind.num_bytes
+        found[name] = {"dtype": NAMES[kind.dtype], "shape": kind.shape, "data_offsets": [start, end]}
     text = json.dumps(found, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -25,6 +25,7 @@ from unclip.job_notes import ERROR
 from unclip.loggers import MlflowRun, WandbRun, make_loggers
 from unclip.models import CLIPConfig, DecoderConfig, ModelConfig, UpsamplerConfig, build, name_of
 from unclip.models.interface import PriorConfig
+from unclip.models.lora import add_lora, merge_lora
 from unclip.models.pictures import Bsr
 from unclip.report.run import report_quietly
 from unclip.run_lock import RunLock
@@ -35,6 +36,7 @@ from unclip.stages.prior import PriorStage
 from unclip.stages.sharded import Sharded
 from unclip.stages.upsampler import UpsamplerStage
 from unclip.tensor_file import write_tensors
+from unclip.tuning import parents_of, start_from
 from unclip.watch import Metrics, Watchdog
 
 log = logging.getLogger(__name__)
@@ -79,17 +81,39 @@ class ClipTrainConfig(TrainConfig):
 
 
 @dataclass
-class PriorTrainConfig(TrainConfig):
+class TunableTrainConfig(TrainConfig):
+    """``init``: a run or artifact to start from, with its weights, statistics and settings of the model; those that are given
+    here come on top. ``lora_rank`` > 0 trains low-rank additions to its matrices; the artifact holds the sum."""
+
+    init: str | None = None
+    lora_rank: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_rank < 0 or (self.lora_rank and self.init is None):
+            raise ConfigError(
+                f"lora_rank={self.lora_rank} adds to trained weights: give init=RUN beside it, or set it to 0"
+            )
+        if self.lora_rank and self.trainer.strategy == "fsdp2":
+            raise ConfigError("lora_rank with trainer.strategy=fsdp2 is untested: take trainer.strategy=ddp")
+        if self.lora_rank and self.optim.ema_profiles:
+            raise ConfigError(
+                "optim.ema_profiles averages whole weights, which lora_rank does not train: leave one out"
+            )
+
+
+@dataclass
+class PriorTrainConfig(TunableTrainConfig):
     model: PriorConfig = field(default_factory=PriorConfig)
 
 
 @dataclass
-class DecoderTrainConfig(TrainConfig):
+class DecoderTrainConfig(TunableTrainConfig):
     model: DecoderConfig = field(default_factory=DecoderConfig)
 
 
 @dataclass
-class UpsamplerTrainConfig(TrainConfig):
+class UpsamplerTrainConfig(TunableTrainConfig):
     model: UpsamplerConfig = field(default_factory=UpsamplerConfig)
 
 
@@ -120,6 +144,9 @@ def train(cfg: TrainConfig) -> Path:
         start = torch.load(last, weights_only=True, mmap=True)["global_step"] if last.exists() else 0
 
         model, data = _model_and_data(cfg, kind, fresh=not last.exists())
+        adapters = None
+        if isinstance(cfg, TunableTrainConfig) and cfg.lora_rank:
+            adapters = add_lora(model, name_of(_model_config(cfg)), cfg.lora_rank)
         log.info("data %s", data.fingerprint[:12])  # opens it: a wrong path ends here
         _write_settings(run, cfg)  # from here on the folder is this run's
         (run / ERROR).unlink(missing_ok=True)
@@ -130,7 +157,7 @@ def train(cfg: TrainConfig) -> Path:
         log.info("%s: %.1f M parameters, from step %d", kind, size["trainable"] / 1e6, start)
         try:
             trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
-            folder = _finish(trainer, stage, data, cfg, kind)
+            folder = _finish(trainer, stage, data, cfg, kind, adapters)
         except BaseException:
             _close(trainer, code=1)
             raise
@@ -147,7 +174,9 @@ def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, Uncl
     model = build(model_cfg, data.interface)
     if kind == "clip":
         data.tokenize = model.tokenize
-    if fresh:
+    if fresh and isinstance(cfg, TunableTrainConfig) and cfg.init is not None:
+        start_from(cfg.init, model, kind, data.interface, Path(cfg.run))
+    elif fresh:
         model.fit(data.embeddings)
     if cfg.trainer.channels_last and torch.cuda.is_available() and kind in ("decoder", "upsampler"):
         model = model.to(memory_format=torch.channels_last)  # on a CPU it makes GroupNorm several times slower
@@ -239,7 +268,9 @@ def _close(trainer: pl.Trainer, code: int) -> None:
             logger.close(code)
 
 
-def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfig, kind: str) -> Path:
+def _finish(
+    trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfig, kind: str, adapters: Any = None
+) -> Path:
     """Validate with the averaged weights, draw the last sheet, write the artifact."""
     run = Path(cfg.run)
     step, seconds = trainer.global_step, stage.seconds
@@ -254,6 +285,8 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
         if isinstance(callback, SampleSheet):
             callback.draw(trainer, stage)
     with optimizer.ema_weights():
+        if adapters is not None:
+            merge_lora(adapters)
         stage.model.finish(data.embeddings)
         interface = stage.model.interface() if kind == "clip" else data.interface
         manifest = artifact.Manifest(
@@ -261,7 +294,7 @@ def _finish(trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfi
             model=name_of(cfg.model),  # type: ignore[attr-defined]
             config=to_plain(stage.model.cfg),
             interface=to_plain(interface),
-            parents={"clip": interface.clip} if interface.clip else {},
+            parents={**({"clip": interface.clip} if interface.clip else {}), **parents_of(run)},
             step=step,
             samples=step * cfg.trainer.batch_size,
             metrics={**metrics, "seconds": seconds},

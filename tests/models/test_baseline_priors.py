@@ -19,7 +19,7 @@ from unclip.models.baseline_priors import (
 )
 from unclip.models.interface import Interface
 from unclip.models.sampling import NoSampling
-from unclip.nets.layers import Cond
+from unclip.nets.layers import Cond, NullText
 from unclip.nets.transformer import PriorNetConfig, PriorText
 
 D, L, W = 12, 6, 10
@@ -178,3 +178,5 @@ def test_refused_settings():
         MLPPriorConfig(depth=0)
     with pytest.raises(ValueError, match=r"temperature=0\.0 be positive"):
         EclipsePriorConfig(temperature=0.0)
+    with pytest.raises(ValueError, match=r"net\.null_text=empty: this prior drops no captions; leave it at zero"):
+        EclipsePriorConfig(net=PriorNetConfig(null_text=NullText.empty))

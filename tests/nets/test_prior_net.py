@@ -3,14 +3,14 @@ import torch
 from net_support import assert_equal_nets, cast
 from torch.testing import assert_close
 
-from unclip.nets.layers import ClipWidths, Cond, Keep, Null, timestep_embedding
+from unclip.nets.layers import ClipWidths, Cond, Keep, NullText, timestep_embedding
 from unclip.nets.transformer import PriorNet, PriorNetConfig, PriorText
 
 D, W, N = 24, 20, 7
 WIDTHS = ClipWidths(embed_dim=D, text_width=W, context_length=N, vocab_size=50)
 
 
-def make(text: PriorText = PriorText.clip_states, null: Null = Null.zero, **options) -> PriorNet:
+def make(text: PriorText = PriorText.clip_states, null: NullText = NullText.zero, **options) -> PriorNet:
     torch.manual_seed(0)
     return PriorNet(PriorNetConfig(width=32, depth=3, num_heads=2, text=text, null_text=null, **options), WIDTHS)
 
@@ -81,11 +81,13 @@ def test_trimmed_captions_and_masked_positions_change_nothing(text: PriorText):
     assert_close(net(x_t, timestep, net.prepare(short, Keep())), full)
 
 
-@pytest.mark.parametrize("null", list(Null))
-def test_a_dropped_text_side_hides_caption_and_z_t_but_not_the_noised_embedding(null: Null):
+@pytest.mark.parametrize("null", list(NullText))
+def test_a_dropped_text_side_hides_caption_and_z_t_but_not_the_noised_embedding(null: NullText):
     net = make(null=null)
-    if null is Null.learned:
+    if null is NullText.learned:
         torch.nn.init.normal_(net.null_text_emb)
+    if null is NullText.empty:
+        net.set_empty_caption(torch.tensor([48, 49]), torch.randn(D), torch.randn(2, W))
     first, second = make_cond(), make_cond()
     second.text_emb, second.text_seq = torch.randn(3, D), torch.randn(3, N, W)
     x_t, timestep, dropped = (
@@ -98,6 +100,23 @@ def test_a_dropped_text_side_hides_caption_and_z_t_but_not_the_noised_embedding(
     assert (a[0] - b[0]).abs().max() > 1e-3
     moved = net(x_t + 1, timestep, net.prepare(first, dropped))
     assert ((moved - a).abs().amax(1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("text", list(PriorText))
+def test_a_dropped_caption_may_be_the_caption_of_no_words(text: PriorText):
+    net, cond = make(text, NullText.empty), make_cond()
+    tokens, emb, states = torch.tensor([48, 49]), torch.randn(D), torch.randn(2, W)
+    net.set_empty_caption(tokens, emb, states)
+    dropped = net.prepare(cond, Keep(text=torch.tensor([True, False, True])))
+    nothing = Cond(text_emb=emb.expand(3, D), tokens=tokens.expand(3, 2), text_seq=states.expand(3, 2, W))
+    x_t, timestep = torch.randn(3, D), torch.tensor([3, 400, 900])
+    found, kept = net(x_t, timestep, dropped), net(x_t, timestep, net.prepare(cond, Keep()))
+    wanted = net(x_t, timestep, net.prepare(nothing, Keep()))
+    assert_close(found[1], wanted[1], atol=1e-6, rtol=1e-5)
+    assert_close(found[[0, 2]], kept[[0, 2]], atol=1e-6, rtol=1e-5)
+    assert (wanted[1] - kept[1]).abs().max() > 1e-3
+    alone = net(x_t[1:2], timestep[1:2], net.null_context())
+    assert_close(alone, wanted[1:2], atol=1e-6, rtol=1e-5)
 
 
 def test_draws_share_a_prefix_and_cannot_see_each_other():

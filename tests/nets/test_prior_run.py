@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from unclip.nets import prior_run
-from unclip.nets.layers import ClipWidths, Cond, Keep, Null
+from unclip.nets.layers import ClipWidths, Cond, Keep, NullText
 from unclip.nets.prior_run import PriorRun
 from unclip.nets.transformer import PriorContext, PriorNet, PriorNetConfig, PriorText
 
@@ -22,6 +22,8 @@ def make(text: PriorText = PriorText.clip_states, self_conditioning: bool = Fals
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.normal_(std=0.2)
+        if cfg.null_text is NullText.empty:
+            net.set_empty_caption(torch.tensor([48, 49]), torch.randn(D), torch.randn(2, W))
     return net.eval()
 
 
@@ -41,7 +43,9 @@ def plain(net: PriorNet, context: PriorContext, x_t: torch.Tensor, step: int, *x
 
 @torch.no_grad()
 @pytest.mark.parametrize("text", list(PriorText))
-@pytest.mark.parametrize("options", [{}, {"qk_norm": True}, {"null_text": Null.learned}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"qk_norm": True}, {"null_text": NullText.learned}, {"null_text": NullText.empty}], ids=str
+)
 def test_every_step_of_a_run_equals_the_plain_forward(text: PriorText, options: dict):
     net, cond, x_t = make(text, **options), make_cond(), torch.randn(B, K, D)
     shown, dropped = net.prepare(cond, Keep()), net.prepare(cond, Keep(text=torch.zeros(B, dtype=torch.bool)))

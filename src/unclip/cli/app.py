@@ -9,6 +9,7 @@ import typer
 
 from unclip.cli.draw import edit, generate, inpaint, interpolate, mix, repeat, vary
 from unclip.cli.embeddings import export_embeddings, import_embeddings
+from unclip.cli.karlo import import_karlo
 from unclip.cli.latents import edit_verdict, pca_probe, reconstruct, typographic_probe
 from unclip.errors import ConfigError, told_to_the_user
 
@@ -24,6 +25,7 @@ for command in (generate, vary, interpolate, edit, mix, inpaint, repeat):
 for command in (reconstruct, edit_verdict, pca_probe, typographic_probe):
     app.command()(command)
 imports.command("embeddings")(import_embeddings)
+imports.command("karlo")(import_karlo)
 exports.command("embeddings")(export_embeddings)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
@@ -295,11 +297,14 @@ def sync(
 
 @app.command("inspect")
 def inspect_folder(
-    path: Annotated[Path, typer.Argument(help="An embeddings folder, a run or an artifact.")],
+    path: Annotated[Path, typer.Argument(help="An embeddings folder, a run, an artifact, or a file of weights.")],
     out: Annotated[Path | None, typer.Option("--out", help="Folder for plots of embeddings.")] = None,
     max_rows: Annotated[int, typer.Option(min=2, help="Rows of each split to read, spread evenly.")] = 1_000_000,
 ) -> None:
-    """Say what a folder is: an artifact's manifest in words, or the norms, cosines and spectrum of embeddings."""
+    """Say what a folder is: an artifact's manifest in words, or the norms, cosines and spectrum of embeddings.
+
+    Of a checkpoint, such as dalle2-pytorch's, what it holds; no code in it is run.
+    """
     from unclip.cli.inspect import inspect_path
 
     inspect_path(path, out, max_rows)

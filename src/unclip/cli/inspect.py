@@ -17,18 +17,24 @@ from unclip.data.embeddings import Embeddings
 from unclip.errors import ConfigError
 from unclip.evaluation.inspection import Inspection, inspect_embeddings, reconstruction_error
 from unclip.evaluation.metrics import effective_rank, num_components
+from unclip.interop.checkpoints import Description, describe
 
 NAMES = {"image_emb": "z_i", "text_emb": "z_t"}
 
 
 def inspect_path(path: Path, out: Path | None, max_rows: int, console: Console | None = None) -> None:
-    """Say what ``path`` is: an embeddings folder, or a run or artifact folder. ``out``: where plots go.
+    """Say what ``path`` is: an embeddings folder, a run or artifact folder, or a file of weights. ``out``: where plots go.
 
     Raises ConfigError for anything else.
     """
     console = console or (Console() if sys.stdout.isatty() else Console(width=200))
+    if path.is_file() and out is None:
+        _describe_file(describe(path), path, console)
+        return
     if not path.is_dir():
-        raise ConfigError(f"{path} is not a folder; give an embeddings folder, a run or an artifact")
+        raise ConfigError(
+            f"{path} is not a folder; give an embeddings folder, a run or an artifact, or a checkpoint's file"
+        )
     if _kind(path) == "embeddings":
         _inspect_embeddings(path, out, max_rows, console)
         return
@@ -65,6 +71,24 @@ def _describe(manifest: Manifest, path: Path, console: Console) -> None:
             table.add_row(name, f"{value:.5g}" if isinstance(value, float) else str(value))
         if values:
             console.print(table)
+
+
+def _describe_file(found: Description, path: Path, console: Console) -> None:
+    console.print(
+        f"{path} is {found.what}; {path.stat().st_size / 1e6:.1f} MB. No code in it was run.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table("part", "tensors", "numbers", "type", title="Weights", title_justify="left")
+    for name, part in found.parts.items():
+        table.add_row(name, f"{part.tensors:,}", f"{part.numbers:,}", ", ".join(sorted(part.types)))
+    console.print(table)
+    for name, value in found.values.items():
+        console.print(f"{name}: {value}", highlight=False, soft_wrap=True)
+    if found.left_out:
+        console.print(
+            f"Left out, since they are no tensors: {', '.join(found.left_out)}.", highlight=False, soft_wrap=True
+        )
 
 
 def _flat(config: dict[str, Any], path: str = "") -> dict[str, Any]:

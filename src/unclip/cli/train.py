@@ -58,7 +58,7 @@ def train_prior() -> None:
         from unclip.config import typed
         from unclip.train import PriorTrainConfig, train
 
-        return train(typed(raw, PriorTrainConfig))
+        return train(typed(with_init(raw, "prior"), PriorTrainConfig))
 
     _main("train_prior", run)
 
@@ -70,7 +70,7 @@ def train_decoder() -> None:
         from unclip.config import typed
         from unclip.train import DecoderTrainConfig, train
 
-        return train(typed(raw, DecoderTrainConfig))
+        return train(typed(with_init(raw, "decoder"), DecoderTrainConfig))
 
     _main("train_decoder", run)
 
@@ -82,9 +82,20 @@ def train_upsampler() -> None:
         from unclip.config import typed
         from unclip.train import UpsamplerTrainConfig, train
 
-        return train(typed(raw, UpsamplerTrainConfig))
+        return train(typed(with_init(raw, "upsampler"), UpsamplerTrainConfig))
 
     _main("train_upsampler", run)
+
+
+def with_init(raw: DictConfig, kind: str) -> DictConfig:
+    """Settings with ``init=RUN`` take those of the model from that artifact, where none are given."""
+    if raw.get("init"):
+        from unclip.tuning import settings_of
+
+        given = OmegaConf.to_container(raw.model, resolve=True)
+        with open_dict(raw):
+            raw.model = settings_of(raw.init, kind, given)  # pyright: ignore[reportArgumentType]
+    return raw
 
 
 def evaluate() -> None:

@@ -20,10 +20,12 @@ class Sampler(Enum):
     Karras et al. 2022.
 
     analytic: ancestral with the best variance (Bao et al. 2022), of which `unclip prior-stats` gathers the statistics.
+    karlo: ancestral with the rounding of Karlo and of diffusers' UnCLIPScheduler, whatever the model's own tables.
     """
 
     ancestral = "ancestral"
     analytic = "analytic"
+    karlo = "karlo"
     ddim = "ddim"
     dpmpp_2m = "dpmpp_2m"
     unipc = "unipc"
@@ -57,6 +59,10 @@ class SamplerConfig:
         """
         return self.num_steps // 2 + 1 if self.name is Sampler.heun else self.num_steps
 
+    def levels_of(self, schedule: NoiseSchedule) -> NoiseSchedule:
+        """The steps of a training schedule that the sampler visits. Raises ValueError where there are not so many."""
+        return (schedule.in_float32() if self.name is Sampler.karlo else schedule).respaced(self.num_levels)
+
 
 def sample(
     cfg: SamplerConfig, denoiser: Denoiser, noise: Noise, *, x_T: Tensor | None = None, on_step: OnStep | None = None
@@ -70,7 +76,7 @@ def sample(
     if on_step is not None:
         denoiser = _Reporting(denoiser, cfg.num_steps, on_step)
     match cfg.name:
-        case Sampler.ancestral | Sampler.analytic:
+        case Sampler.ancestral | Sampler.analytic | Sampler.karlo:
             return ancestral(denoiser, noise, x_T=x_T)
         case Sampler.ddim:
             return ddim(denoiser, noise, eta=cfg.eta or 0.0, x_T=x_T)

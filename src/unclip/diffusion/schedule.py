@@ -98,6 +98,15 @@ class NoiseSchedule:
         alpha_bar, noise = ((1 - sigma) ** 2).to(dtype), (sigma**2).to(dtype)
         return cls(alpha_bar, _transition_var(alpha_bar, noise), torch.arange(num_timesteps), noise=noise)
 
+    def in_float32(self) -> "NoiseSchedule":
+        """The schedule with tables computed in float32 throughout, as Karlo and diffusers do; a training schedule's only.
+
+        Raises ValueError for the flow, which they do not have.
+        """
+        if self._noise is not None:
+            raise ValueError("sampler.name=karlo is for the schedules of Karlo and diffusers, not for schedule=flow")
+        return NoiseSchedule.from_betas(self._sources[1].float()).to(self.timesteps.device)
+
     def __len__(self) -> int:
         return len(self.timesteps)
 
@@ -166,6 +175,8 @@ class NoiseSchedule:
     def interpolated_log_var(self, step: Step, fraction: Tensor) -> Tensor:
         """fraction log beta + (1 - fraction) log beta~: a learned variance (Nichol & Dhariwal 2021, eq. 15)."""
         low, high = self._at(self.posterior_log_var, step, fraction), self._at(self.log_beta, step, fraction)
+        if self._sources[0].dtype == torch.float32:  # in the order of Karlo and diffusers, to the bit
+            return fraction * high + (1 - fraction) * low
         return low + fraction * (high - low)
 
     @staticmethod

@@ -13,7 +13,7 @@ from unclip.diffusion.samplers import OnStep
 from unclip.models.inputs import in_parts, scaled, text_side
 from unclip.models.interface import Interface, PriorConfig
 from unclip.models.sampling import NoSampling
-from unclip.nets.layers import ClipWidths, Cond, Keep
+from unclip.nets.layers import ClipWidths, Cond, Keep, NullText
 from unclip.nets.transformer import PrefixNet, PriorNetConfig
 
 
@@ -85,6 +85,8 @@ class EclipsePriorConfig(PriorConfig):
             raise ValueError(
                 f"contrast={self.contrast} must not be negative, temperature={self.temperature} be positive"
             )
+        if self.net.null_text is not NullText.zero:
+            raise ValueError(f"net.null_text={self.net.null_text.name}: this prior drops no captions; leave it at zero")
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ class CLIPConfig(ModelConfig):
     the last ``unlocked_image_groups`` or ``unlocked_text_groups``: the projection, the last block with its norm, then
     one block each, at last the input embeddings. ``lora_rank`` > 0 trains low-rank additions to the blocks' matrices (and the
     temperature) instead of the weights; the artifact holds the sum. ``gradient_checkpointing`` computes activations twice
-    to hold fewer.
+    to hold fewer. ``text_only``: without the picture tower, which an imported text-to-image pipeline lacks.
     """
 
     name: str = ""
@@ -50,6 +50,7 @@ class CLIPConfig(ModelConfig):
     unlocked_text_groups: int = 0
     lora_rank: int = 0
     gradient_checkpointing: bool = False
+    text_only: bool = False
     embed_dim: int = 256
     image_size: int = 32
     patch_size: int = 8
@@ -123,6 +124,8 @@ class CLIP(nn.Module):
         self.tokenizer = Tokenizer(self.model.context_length)
         size = self.model.visual.image_size
         self.image_size: int = size if isinstance(size, int) else size[0]
+        if cfg.text_only:
+            self.model.visual = None
         self.register_buffer("mean", torch.tensor(architecture.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(architecture.std).view(1, 3, 1, 1), persistent=False)
         own = self.interface()
@@ -165,6 +168,11 @@ class CLIP(nn.Module):
 
         Pictures of another size than CLIP's are resized (bicubic, antialiased) and centre-cropped.
         """
+        if self.model.visual is None:
+            raise ArtifactError(
+                "this CLIP was imported without its picture tower, so it encodes captions only: import again with "
+                "--image-encoder FOLDER, of the same CLIP"
+            )
         x = image.float() / 255
         if image.shape[-2:] != (self.image_size, self.image_size):
             x = _resize(x, self.image_size)

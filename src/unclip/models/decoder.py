@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import GaussianDiffusion, NetDenoiser
+from unclip.diffusion.gaussian import GaussianDiffusion, NetBranches, NetDenoiser
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, SamplerConfig, sample
@@ -19,8 +19,8 @@ from unclip.models.inputs import text_side
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import training_pictures
 from unclip.models.sampling import DiffusionSampling
-from unclip.nets.conditioned import ConditioningConfig, DecoderNet, DecoderText, NullText
-from unclip.nets.layers import ClipWidths, Cond, Keep
+from unclip.nets.conditioned import ConditioningConfig, DecoderNet, DecoderText
+from unclip.nets.layers import ClipWidths, Cond, Keep, NullText
 from unclip.nets.unet import UNetConfig
 
 
@@ -92,10 +92,13 @@ class Decoder(nn.Module):
             return
         if embeddings is None:
             raise ConfigError('conditioning.null_text=empty needs the caption "" as CLIP reads it: set data.embeddings')
-        empty = embeddings.empty_caption()
-        text_emb = self._scaled_emb(empty["text_emb"])
-        assert text_emb is not None
-        self.net.text_proj.set_empty_caption(empty["tokens"], text_emb, empty["text_seq"])
+        self.set_empty_caption(**embeddings.empty_caption())
+
+    def set_empty_caption(self, tokens: Tensor, text_emb: Tensor, text_seq: Tensor) -> None:
+        """Store the caption "", z_t (D,) raw; see :func:`unclip.nets.empty_caption.set_empty_caption`."""
+        emb = self._scaled_emb(text_emb)
+        assert emb is not None
+        self.net.text_proj.set_empty_caption(tokens, emb, text_seq)
 
     def finish(self, embeddings: Any) -> None:
         """Nothing to gather after training."""
@@ -154,9 +157,9 @@ class Decoder(nn.Module):
         context = guided_context(
             self.net, self._scaled(cond), how, None if negative is None else self._scaled(negative)
         )
-        return self.diffusion.denoiser(
-            self.net, context, shape=shape, num_steps=how.sampler.num_levels, guidance=how.guidance
-        )
+        schedule = how.sampler.levels_of(self.diffusion.schedule)
+        branches = NetBranches(self.net, context, schedule)
+        return self.diffusion.denoiser_of(branches, schedule, shape=shape, guidance=how.guidance)
 
     def _check_columns(self, cond: Cond) -> None:
         """In training a missing condition is a mistake; in sampling it counts as dropped."""

@@ -19,7 +19,7 @@ from unclip.models.inputs import in_parts, scaled, text_side
 from unclip.models.interface import Interface, PriorConfig
 from unclip.models.pca import PCA
 from unclip.models.sampling import PriorSampling
-from unclip.nets.layers import ClipWidths, Cond, Keep
+from unclip.nets.layers import ClipWidths, Cond, Keep, NullText
 from unclip.nets.prior_run import PriorRun
 from unclip.nets.transformer import PriorNet, PriorNetConfig
 
@@ -110,7 +110,12 @@ class DiffusionPrior(nn.Module):
         return self.cfg.embedding_space is EmbeddingSpace.scaled
 
     def fit(self, embeddings: Any) -> None:
-        """Outside the scaled space: take mean, standard deviation and axes of the raw z_i from the training embeddings."""
+        """Before training: outside the scaled space mean, standard deviation and axes of the raw z_i, from the training
+        embeddings; and the caption "" where it stands for a dropped one."""
+        if self.cfg.net.null_text is NullText.empty:
+            if embeddings is None:
+                raise ConfigError('net.null_text=empty needs the caption "" as CLIP reads it: set data.embeddings')
+            self.set_empty_caption(**embeddings.empty_caption())
         if not self.scaled and embeddings.normalised:
             raise ConfigError(
                 f"{embeddings.folder} holds unit-norm rows, but embedding_space={self.cfg.embedding_space.value} needs CLIP's "
@@ -124,6 +129,10 @@ class DiffusionPrior(nn.Module):
                 blocks = (part["image_emb"] for part in in_parts(embeddings, ["image_emb"]))
                 self.pca.fit(blocks, num_components=self.num_channels)
                 self.clip_std.copy_(self.pca.eigenvalues[: self.num_channels].sqrt().clamp(min=1e-6))
+
+    def set_empty_caption(self, tokens: Tensor, text_emb: Tensor, text_seq: Tensor) -> None:
+        """Store the caption "", z_t (D,) raw; see :func:`unclip.nets.empty_caption.set_empty_caption`."""
+        self.net.set_empty_caption(tokens, scaled(text_emb) if self.scaled else text_emb, text_seq)
 
     def finish(self, embeddings: Any) -> None:
         """Nothing to gather after training."""
@@ -181,7 +190,7 @@ class DiffusionPrior(nn.Module):
         Guidance is against a dropped text side or, where ``negative`` is given, against its captions: B of them, or one.
         """
         assert cond.text_emb is not None, "the prior needs text_emb (z_t)"
-        schedule = self.diffusion.schedule.respaced(how.sampler.num_levels).to(cond.text_emb.device)
+        schedule = how.sampler.levels_of(self.diffusion.schedule).to(cond.text_emb.device)
         branches = [self.net.prepare(self._scaled(cond), Keep())]
         if how.guidance.scale != 1.0:
             branches.append(

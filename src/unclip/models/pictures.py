@@ -23,12 +23,13 @@ def to_range(image: Tensor) -> Tensor:
     return image.float() / 127.5 - 1
 
 
-def resize(image: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """Antialiased bicubic resize of float32 (B, 3, H, W) in [-1, 1], clamped to [-1, 1]; size: a side, or (H, W)."""
+def resize(image: Tensor, size: int | tuple[int, int], clamp: bool = True) -> Tensor:
+    """Antialiased bicubic resize of float32 (B, 3, H, W) in [-1, 1], clamped to [-1, 1] or not; size: a side, or (H, W)."""
     shape = (size, size) if isinstance(size, int) else size
     if tuple(image.shape[-2:]) == shape:
         return image
-    return F.interpolate(image, shape, mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    resized = F.interpolate(image, shape, mode="bicubic", antialias=True, align_corners=False)
+    return resized.clamp(-1, 1) if clamp else resized
 
 
 def middle(image: Tensor, size: tuple[int, int]) -> Tensor:

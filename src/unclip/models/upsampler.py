@@ -32,7 +32,8 @@ class UpsamplerConfig(ModelConfig):
     (noise-conditioning augmentation, Ho et al. 2022, sec. 4.2; not in the paper). Sampling with ``sampling.noise_level`` then
     has the upsampler draw anew what is smaller than such noise. All of it is drawn for each sample, in training only.
     With ``residual`` the net only adds to the resized low-resolution picture (not in the paper): far better in a short
-    training, for predict=x0.
+    training, for predict=x0. ``overshoot`` leaves what bicubic resizing of the low-resolution picture adds at edges beyond
+    [-1, 1] (Karlo), which is cut off otherwise.
 
     ``last_steps`` > 0: a second net takes the last so many sampling steps (Karlo: 1 of 7). It begins as a copy of the net of
     ``first``, the run of an upsampler alike but for this, which is kept as it is, and learns the noise levels of its steps.
@@ -51,6 +52,7 @@ class UpsamplerConfig(ModelConfig):
     bsr: Bsr = Bsr.none
     max_noise: float = 0.0
     residual: bool = False
+    overshoot: bool = False
     last_steps: int = 0
     first: str | None = None
 
@@ -100,7 +102,7 @@ class UpsamplerConfig(ModelConfig):
     def kind_of_net(self) -> tuple[Any, ...]:
         """What two upsamplers share of which one's net may take over from the other's."""
         net = replace(self.net, dropout=0.0, gradient_checkpointing=False)
-        return self.low_size, self.image_size, net, self.diffusion, self.max_noise > 0, self.residual
+        return self.low_size, self.image_size, net, self.diffusion, self.max_noise > 0, self.residual, self.overshoot
 
     @property
     def crop_size(self) -> int:
@@ -164,7 +166,7 @@ class Upsampler(nn.Module):
         level = self.cfg.max_noise * noise.uniform((), "noise level")
         low = self._noised(self._blurred(low, noise), level, noise)
         # resized as a whole, then cropped: a crop's borders look as they do at full size
-        low = resize(low, self.cfg.image_size)
+        low = resize(low, self.cfg.image_size, clamp=not self.cfg.overshoot)
         top, left = self._corner(noise)
         pictures, low = (crop(image, top, left, self.cfg.crop_size) for image in (pictures, low))
         if self.last_net is None:
@@ -190,8 +192,8 @@ class Upsampler(nn.Module):
         self.cfg.check(how)
         size = self._grown(low)
         level = torch.full((len(low),), how.noise_level, device=low.device)
-        low = resize(self._noised(low.float(), level, noise), size)
-        schedule = self.diffusion.schedule.respaced(how.sampler.num_levels)
+        low = resize(self._noised(low.float(), level, noise), size, clamp=not self.cfg.overshoot)
+        schedule = how.sampler.levels_of(self.diffusion.schedule)
         branches = _Branches(self, low, level, how, schedule)
         denoiser = self.diffusion.denoiser_of(branches, schedule, shape=(3, *size), guidance=how.guidance)
         return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)

@@ -1,17 +1,17 @@
 """The decoder's and the upsampler's networks: a U-Net with what it is conditioned on."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
-from unclip.nets.layers import ClipWidths, Cond, Keep, Null, TimestepEmbedding, caption_mask, keep_rows, same_length
+from unclip.nets.empty_caption import add_empty_caption, set_empty_caption, with_empty_captions
+from unclip.nets.layers import ClipWidths, Cond, Keep, Null, NullText, TimestepEmbedding, keep_rows
 from unclip.nets.transformer import TextTransformer, TextTransformerConfig
 from unclip.nets.unet import UNet, UNetConfig, UNetContext
 
 NOISE_LEVELS = 1000  # a level of 1 meets the sinusoids as timestep 1000 does
-EMPTY_LENGTH = 2  # tokens of the caption "": its start and its end
 
 
 class DecoderText(Enum):
@@ -30,15 +30,6 @@ class DecoderText(Enum):
     def is_own(self) -> bool:
         """Whether the decoder itself learns to read the caption's tokens."""
         return self in (DecoderText.transformer, DecoderText.tokens)
-
-
-class NullText(Enum):
-    """What a dropped caption (with its z_t) becomes: nothing, its tokens masked and its vectors zero or learned; or ``empty``,
-    the caption "" as CLIP reads it, which is stored with the weights (Karlo)."""
-
-    zero = "zero"
-    learned = "learned"
-    empty = "empty"
 
 
 @dataclass
@@ -116,11 +107,8 @@ class TextProj(nn.Module):
             if cfg.null_text is NullText.learned:
                 self.null_pooled = nn.Parameter(torch.zeros(time_dim))
         if cfg.null_text is NullText.empty:
-            self.register_buffer("empty_tokens", torch.zeros(EMPTY_LENGTH, dtype=torch.int64))
-            if cfg.text_emb:
-                self.register_buffer("empty_text_emb", torch.zeros(embed_dim))
-            if cfg.text is DecoderText.clip_states:
-                self.register_buffer("empty_text_seq", torch.zeros(EMPTY_LENGTH, widths.text_width))
+            states = widths.text_width if cfg.text is DecoderText.clip_states else None
+            add_empty_caption(self, embed_dim if cfg.text_emb else None, states)
 
     @property
     def context_dim(self) -> int:
@@ -136,7 +124,8 @@ class TextProj(nn.Module):
         if not rows:
             raise ValueError("an empty condition: set Cond.num_rows to the number of pictures")
         if self.cfg.null_text is NullText.empty:
-            cond, keep = self._with_empty_captions(cond, keep.text), Keep(image=keep.image)
+            source = "text_seq" if self.cfg.text is DecoderText.clip_states else "tokens"
+            cond, keep = with_empty_captions(self, cond, keep.text, source), Keep(image=keep.image)
         emb = next(self.parameters()).new_zeros(rows, self.time_dim)
         tokens, masks = [], []
         if self.cfg.image:
@@ -160,40 +149,8 @@ class TextProj(nn.Module):
         return emb, torch.cat(tokens, dim=1), torch.cat(masks, dim=1)
 
     def set_empty_caption(self, tokens: Tensor, text_emb: Tensor, text_seq: Tensor) -> None:
-        """Store the caption "": tokens (L,), z_t (D,) in the range that the net is given, and states (L, W).
-
-        Raises ValueError where it has more than :data:`EMPTY_LENGTH` tokens up to its end.
-        """
-        given = {"empty_tokens": tokens, "empty_text_emb": text_emb, "empty_text_seq": text_seq}
-        length = int(caption_mask(tokens[None]).sum())
-        if length > EMPTY_LENGTH:
-            raise ValueError(f'this CLIP reads the caption "" as {length} tokens; set conditioning.null_text=zero')
-        for name, buffer in self.named_buffers(recurse=False):
-            value = given[name][:length] if name != "empty_text_emb" else text_emb
-            buffer.zero_()[: len(value)] = value
-
-    def _with_empty_captions(self, cond: Cond, keep: Tensor | None) -> Cond:
-        """The condition with "" in place of dropped captions, and of all where the captions are missing."""
-        rows, buffers = len(cond), dict(self.named_buffers(recurse=False))
-        tokens = buffers["empty_tokens"]
-        empty = {"tokens": tokens, "text_mask": caption_mask(tokens[None])[0]}
-        empty |= {name: buffers[f"empty_{name}"] for name in ("text_emb", "text_seq") if f"empty_{name}" in buffers}
-        if vars(cond)["text_seq" if self.cfg.text is DecoderText.clip_states else "tokens"] is None:
-            cond = replace(cond, tokens=None, text_seq=None, text_mask=None)
-        mask = cond.caption_mask()
-        if mask is None and cond.text_seq is not None:
-            mask = torch.ones(cond.text_seq.shape[:2], dtype=torch.bool, device=cond.text_seq.device)
-        found: dict[str, Tensor] = {}
-        for name, null in empty.items():
-            value = mask if name == "text_mask" else vars(cond)[name]
-            if value is None:
-                found[name] = null.expand(rows, *null.shape)
-            elif name == "text_emb":
-                found[name] = keep_rows(value, keep, null)
-            else:
-                value, row = same_length(value, null[None])
-                found[name] = keep_rows(value, keep, row)
-        return replace(cond, **found)
+        """Store the caption "", see :func:`unclip.nets.empty_caption.set_empty_caption`."""
+        set_empty_caption(self, tokens, text_emb, text_seq)
 
     def _rows(self, value: Tensor | None, keep: Tensor | None, null: str, rows: int, width: int = 0) -> Tensor:
         """``value`` with its dropped rows replaced by the parameter named ``null``, or by zeros if there is none."""

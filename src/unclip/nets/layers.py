@@ -19,6 +19,15 @@ class Null(Enum):
     learned = "learned"
 
 
+class NullText(Enum):
+    """What a dropped caption (with its z_t) becomes: nothing, its tokens masked and its vectors zero or learned; or ``empty``,
+    the caption "" as CLIP reads it, which is stored with the weights (Karlo)."""
+
+    zero = "zero"
+    learned = "learned"
+    empty = "empty"
+
+
 @dataclass
 class ClipWidths:
     """Sizes that come from the CLIP: embedding width, token state width, longest caption, number of token ids."""

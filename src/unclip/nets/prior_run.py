@@ -107,9 +107,7 @@ class _Block:
         self.norm1, self.norm3, self.num_heads = _norm(block.norm1), _norm(block.norm3), attention.num_heads
         self.norm_q, self.norm_k = attention.norm_q, attention.norm_k
         projections = (attention.to_q, attention.to_k, attention.to_v)
-        self.qkv = tuple(
-            torch.cat(side).to(dtype) for side in zip(*((p.weight, p.bias) for p in projections), strict=True)
-        )
+        self.qkv = tuple(torch.cat(side).to(dtype) for side in zip(*(_weights(p) for p in projections), strict=True))
         self.out = _affine(attention.to_out[0], dtype)
         self.up, self.down = (_affine(part, dtype) for part in (block.ff.net[0].proj, block.ff.net[2]))
         self.dtype = dtype
@@ -135,7 +133,15 @@ class _Block:
 
 def _affine(linear: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """A linear layer's weight and bias."""
-    return linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype)
+    weight, bias = _weights(linear)
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _weights(linear: Any) -> Any:
+    """Weight and bias of a linear layer; of one with a low-rank addition beside it, as peft has it, those of the sum."""
+    if isinstance(linear, nn.Linear):
+        return linear.weight, linear.bias
+    return linear.base_layer.weight + linear.get_delta_weight("default"), linear.base_layer.bias
 
 
 def _norm(layer: nn.LayerNorm) -> Callable[[Tensor], Tensor]:

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from unclip.nets.empty_caption import add_empty_caption, empty_captions, set_empty_caption, with_empty_captions
 from unclip.nets.layers import (
     ClipWidths,
     Cond,
     Keep,
     KeyValue,
-    Null,
+    NullText,
     TimestepEmbedding,
     attend,
     caption_mask,
@@ -165,19 +166,27 @@ class PriorText(Enum):
 
 @dataclass
 class PriorNetConfig:
-    """A causal transformer. Paper: width 2048, depth 24, 32 heads, text=tokens. Karlo: depth 20, text=clip_states."""
+    """A causal transformer. Paper: width 2048, depth 24, 32 heads, text=tokens. Karlo: depth 20, text=clip_states.
+
+    ``null_text``: what stands for a dropped caption and z_t; Karlo's is empty.
+    """
 
     width: int = 512
     depth: int = 8
     num_heads: int = 8
     text: PriorText = PriorText.clip_states
-    null_text: Null = Null.zero
+    null_text: NullText = NullText.zero
     qk_norm: bool = False
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         if self.width % self.num_heads:
             raise ValueError(f"width={self.width} is not divisible by num_heads={self.num_heads}; choose a divisor")
+
+    @property
+    def source(self) -> str:
+        """The column of a condition that the caption is read from; z_t where it is not read."""
+        return {"none": "text_emb", "tokens": "tokens", "clip_states": "text_seq"}[self.text.value]
 
 
 @dataclass
@@ -209,8 +218,10 @@ class PrefixNet(nn.Module):
             self.token_embedding = nn.Embedding(widths.vocab_size, width)
             nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(1, self.num_embeddings + 1 + num_suffix, width))
-        if cfg.null_text is Null.learned:
+        if cfg.null_text is NullText.learned:
             self.null_text_emb = nn.Parameter(torch.zeros(embed_dim))
+        elif cfg.null_text is NullText.empty:
+            add_empty_caption(self, embed_dim, widths.text_width if cfg.text is PriorText.clip_states else None)
         self.transformer_blocks = TransformerBlocks(
             width, cfg.depth, cfg.num_heads, cfg.gradient_checkpointing, cfg.qk_norm
         )
@@ -221,15 +232,19 @@ class PrefixNet(nn.Module):
 
     @property
     def _null(self) -> Tensor | None:
-        return self.null_text_emb if self.cfg.null_text is Null.learned else None
+        return self.null_text_emb if self.cfg.null_text is NullText.learned else None
 
     def prepare(self, cond: Cond, keep: Keep) -> PriorContext:
-        """Run the prefix. Rows with ``keep.text`` False lose the caption (all positions masked) and z_t (null value).
+        """Run the prefix. Rows with ``keep.text`` False lose the caption (all positions masked) and z_t (null value), or with
+        ``null_text`` empty get the caption "" instead.
 
         Needs ``cond.text_emb`` and, by the config, ``cond.text_seq`` or ``cond.tokens``, at most context_length long.
         """
         if cond.text_emb is None:
             raise ValueError("the prior needs text_emb (z_t)")
+        if self.cfg.null_text is NullText.empty:
+            cond, keep = with_empty_captions(self, cond, keep.text, self.cfg.source), Keep()
+        assert cond.text_emb is not None
         text = self._text_token(keep_rows(cond.text_emb, keep.text, self._null))
         real = torch.ones(len(text), 1, dtype=torch.bool, device=text.device)
         if self.cfg.text is not PriorText.none:
@@ -244,11 +259,17 @@ class PrefixNet(nn.Module):
         return PriorContext(self.transformer_blocks.keys_values(text, mask), real)
 
     def null_context(self) -> PriorContext:
-        """The prefix of a dropped text side, for all rows alike: one row of one token, since the caption is masked."""
+        """The prefix of a dropped text side, for all rows alike: one row, of one token where the caption is masked."""
+        if self.cfg.null_text is NullText.empty:
+            return self.prepare(empty_captions(self, 1), Keep())
         null = self._null if self._null is not None else self.embedding_proj.weight.new_zeros(self.widths.embed_dim)
         text = self._text_token(null[None])
         real = torch.ones(1, 1, dtype=torch.bool, device=text.device)
         return PriorContext(self.transformer_blocks.keys_values(text, None), real)
+
+    def set_empty_caption(self, tokens: Tensor, text_emb: Tensor, text_seq: Tensor) -> None:
+        """Store the caption "", see :func:`unclip.nets.empty_caption.set_empty_caption`."""
+        set_empty_caption(self, tokens, text_emb, text_seq)
 
     def _text_token(self, text_emb: Tensor) -> Tensor:
         return self.embedding_proj(text_emb)[:, None] + self.positional_embedding[:, self.num_embeddings, None]
