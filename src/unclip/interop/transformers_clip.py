@@ -221,7 +221,7 @@ def convertible(clip: CLIP) -> dict[str, Any]:
                 "transformers, such as model.name=ViT-B-32, ViT-L-14 or ViT-H-14, and the small CLIP without a name"
             )
         found[key] = given
-    size = clip.model.visual.image_size
+    size = found["vision_cfg"]["image_size"]
     if not isinstance(size, int) and size[0] != size[1]:
         raise ConfigError(f"transformers' CLIP reads squares, not {tuple(size)} pixels; take a CLIP of square pictures")
     return found
