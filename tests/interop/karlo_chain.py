@@ -78,7 +78,9 @@ def randomised(model: torch.nn.Module) -> torch.nn.Module:
     return model.eval()
 
 
-def write_karlo_chain(runs: Path, changes: dict[str, dict[str, Any]] | None = None, clip: CLIPConfig = CLIP_CONFIG) -> Path:
+def write_karlo_chain(
+    runs: Path, changes: dict[str, dict[str, Any]] | None = None, clip: CLIPConfig = CLIP_CONFIG
+) -> Path:
     """Artifacts below ``runs``, which is returned; ``changes``: by stage, settings to replace, nested as they are."""
     torch.manual_seed(0)
     own: Any = randomised(CLIP(clip))

@@ -47,7 +47,8 @@ class Reference:
     def clip(self, clip: CLIP) -> None:
         tokens = clip.tokenize(CAPTIONS)
         self.text, self.empty = _text(clip, tokens), _text(clip, clip.tokenize([""] * len(CAPTIONS)))
-        assert self.text.text_emb is not None and self.text.text_seq is not None
+        assert self.text.text_emb is not None
+        assert self.text.text_seq is not None
         mask = self.text.caption_mask()
         assert mask is not None
         self._keep("text", tokens=tokens, mask=mask, embeds=self.text.text_emb, states=self.text.text_seq)
@@ -61,7 +62,7 @@ class Reference:
     def prior(self, prior: DiffusionPrior) -> None:
         noise = Recorded()
         x_t, timestep = noise.normal((prior.num_channels,), "x_t"), torch.tensor([0, 500])
-        out = prior.net(x_t, timestep, prior.net.prepare(self.text, Keep()))
+        out = prior.net(x_t, timestep, prior.prepare(self.text, Keep()))
         self._keep("prior", x_t=x_t, timestep=timestep, out=out)
         noise.drawn = []
         how = PriorSampling(SamplerConfig(Sampler.karlo, PRIOR_STEPS), Guidance(PRIOR_SCALE), num_candidates=1)
@@ -76,7 +77,7 @@ class Reference:
             self.z_i = noise.normal((decoder.interface.embed_dim,), "z_i")
         x_t = noise.normal((3, decoder.cfg.image_size, decoder.cfg.image_size), "x_t")
         timestep = torch.tensor([0, 500])
-        context = decoder.net.prepare(replace(self.text, image_emb=self.z_i), Keep())
+        context = decoder.prepare(replace(self.text, image_emb=self.z_i), Keep())
         out = decoder.net(x_t, timestep, context)
         self._keep("decoder", x_t=x_t, timestep=timestep, out=out, image_emb=self.z_i)
         how = DiffusionSampling(SamplerConfig(Sampler.karlo, DECODER_STEPS), Guidance(DECODER_SCALE))

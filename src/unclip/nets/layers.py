@@ -72,7 +72,12 @@ class Cond:
     num_rows: int = 0  # read only where all fields are None
 
     def __len__(self) -> int:
-        return next((len(value) for value in self._fields().values()), self.num_rows)
+        return self.rows_given
+
+    @property
+    def rows_given(self) -> int:
+        """The number of rows: symbolic under torch.export, which ``len`` cannot be."""
+        return next((value.shape[0] for value in self._fields().values()), self.num_rows)
 
     def caption_mask(self) -> Tensor | None:
         """(B, L) bool, True for real tokens. Without a mask, tokens are real up to the end-of-text token."""
