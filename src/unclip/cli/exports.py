@@ -54,9 +54,12 @@ def export_diffusers(
 def export_onnx(
     runs: Annotated[Path, typer.Argument(help=CHAIN + " Or one run or artifact.")],
     out: Out,
+    programs: Annotated[
+        bool, typer.Option("--programs", help="Also what torch.export made of each: NAME.pt2.")
+    ] = False,
 ) -> None:
     """The nets as ONNX: CLIP's towers and one step of prior, decoder and upsamplers, checked with onnxruntime."""
     from unclip.interop.onnx_export import export_onnx as run
 
-    for file, difference in run(runs, out).items():
+    for file, difference in run(runs, out, programs=programs).items():
         typer.echo(f"wrote {out / file}; onnxruntime's outputs differ by at most {difference:.1g}")
