@@ -119,7 +119,7 @@ def load(folder: Path | str, *, kind: str | None = None) -> tuple[nn.Module, Man
     path = locate(folder)
     weights = _checked_weights(path, manifest)
     with _Unfilled():
-        model = build(_config(manifest, path), Interface(**manifest.interface))
+        model = build(config_of(manifest, path), Interface(**manifest.interface))
     try:
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, ValueError) as error:
@@ -255,7 +255,8 @@ def content_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
-def _config(manifest: Manifest, path: Path) -> Any:
+def config_of(manifest: Manifest, path: Path) -> Any:
+    """The model's typed configuration; raises :class:`ArtifactError` for a model or settings that this version does not know."""
     from unclip.models import REGISTRY
 
     if manifest.model not in REGISTRY:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from karlo_chain import CLIP_CONFIG, write_karlo_chain
+from karlo_chain import CLIP_CONFIG, CONFIGS, laid_over, write_karlo_chain, write_stage
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -165,15 +166,16 @@ UNIT = {"embedding_norm": "unit"}
     ids=str,
 )
 def test_what_diffusers_cannot_express_is_refused_with_the_setting(
-    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    changes: dict[str, Any], message: str, runs: Path, tmp_path: Path
 ):
-    runs = write_karlo_chain(tmp_path / "runs", changes)
-    monkeypatch.setattr(diffusers_export.Reference, "write", None)  # nothing is computed for a folder that is refused
-    result = export(runs, "--out", tmp_path / "out")
-    assert isinstance(result.exception, ConfigError), result.exception
-    assert message in str(result.exception)
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.tmp").exists()
+    ((stage, change),) = changes.items()
+    clip, manifest = artifact.load(runs / "clip")
+    write_stage(tmp_path, stage, laid_over(CONFIGS[stage], change), clip, manifest.hash)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        diffusers_export.export_diffusers(
+            {name: runs / name for name in STAGES} | {stage: tmp_path / stage}, tmp_path / "out"
+        )
+    assert [path.name for path in tmp_path.iterdir()] == [stage]
 
 
 def test_other_priors_and_other_clips_are_refused(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -187,9 +189,7 @@ def test_other_priors_and_other_clips_are_refused(runs: Path, tmp_path: Path, mo
     prior = IdentityPrior(IdentityConfig(), Interface(**interface))
     artifact.save(tmp_path / "prior", prior, Manifest("prior", "identity", to_plain(prior.cfg), interface))
     folders = {name: runs / name for name in STAGES}
-    with pytest.raises(
-        ArtifactError, match=r"samples from a diffusion prior, not from a IdentityPrior: train one with"
-    ):
+    with pytest.raises(ConfigError, match=r"samples from a diffusion prior, not by IdentityConfig: train one with"):
         diffusers_export.export_diffusers(folders | {"prior": tmp_path / "prior"}, tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"end in an upsampler, and there is none: train-upsampler"):
         diffusers_export.export_diffusers({name: runs / name for name in STAGES[:3]}, tmp_path / "out")

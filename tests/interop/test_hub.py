@@ -7,8 +7,8 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub import ModelCard
 from hub_server import Hub, serving_hub
+from huggingface_hub import ModelCard
 from tiny_chain import write_tiny_chain
 from typer.testing import CliRunner
 

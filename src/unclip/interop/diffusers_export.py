@@ -14,9 +14,10 @@ from typing import Any
 
 from unclip import artifact
 from unclip.errors import ArtifactError, ConfigError
-from unclip.interop.diffusers_folder import DiffusersFolder
+from unclip.interop.diffusers_folder import DiffusersFolder, refuse_inexpressible
 from unclip.interop.diffusers_reference import Reference
 from unclip.interop.drafts import complete_or_not
+from unclip.models.interface import Interface
 
 log = logging.getLogger(__name__)
 FORWARD, MEAN, SHARE = (
@@ -49,6 +50,9 @@ def export_diffusers(folders: Mapping[str, Path], out: Path, *, legacy: bool = F
     upsamplers = _upsamplers(folders)
     if not upsamplers:
         raise ArtifactError("diffusers' pipelines end in an upsampler, and there is none: train-upsampler")
+    for run in folders.values():
+        manifest = artifact.read_manifest(run)
+        refuse_inexpressible(artifact.config_of(manifest, run), Interface(**manifest.interface))
     with complete_or_not(out) as draft, tempfile.TemporaryDirectory() as scratch:
         folder, reference = DiffusersFolder(draft, legacy), Reference()
         for name in ("clip", "prior", "decoder"):

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from unclip.errors import ArtifactError
+from unclip.errors import ArtifactError, ConfigError
 from unclip.interop.diffusers_tokenizer import write_tokenizer
 from unclip.interop.karlo_config import (
     decoder_components,
@@ -24,10 +24,11 @@ from unclip.interop.karlo_config import (
     upsampler_component,
 )
 from unclip.interop.transformers_clip import TEXT, VISION, text_config, to_transformers, vision_config
-from unclip.models.clip import CLIP
-from unclip.models.decoder import Decoder
-from unclip.models.diffusion_prior import DiffusionPrior
-from unclip.models.upsampler import Upsampler
+from unclip.models.clip import CLIP, CLIPConfig
+from unclip.models.decoder import Decoder, DecoderConfig
+from unclip.models.diffusion_prior import DiffusionPrior, DiffusionPriorConfig
+from unclip.models.interface import Interface, ModelConfig
+from unclip.models.upsampler import Upsampler, UpsamplerConfig
 
 FIRST_VERSION, LAST_VERSION = "0.37.1", "0.42.1"  # of diffusers, tested
 TEXT_PROJ = "diffusers.pipelines.deprecated.unclip.text_proj"  # since 0.38; what 0.38 itself writes, it cannot read
@@ -47,6 +48,27 @@ CLASSES = {
 }
 
 
+def refuse_inexpressible(cfg: ModelConfig, interface: Interface) -> None:
+    """ConfigError, with the setting that would do, for a stage that the pipelines' components cannot express."""
+    match cfg:
+        case CLIPConfig():
+            text_config(cfg)
+        case DiffusionPriorConfig():
+            prior_component(cfg, interface)
+            scheduler_component(cfg.diffusion)
+        case DecoderConfig():
+            decoder_components(cfg, interface)
+            scheduler_component(cfg.diffusion)
+        case UpsamplerConfig():
+            upsampler_component(cfg)
+            scheduler_component(cfg.diffusion)
+        case _:
+            raise ConfigError(
+                f"diffusers' UnCLIPPipeline samples from a diffusion prior, not by {type(cfg).__name__}: train one with "
+                "model=diffusion_prior, or leave the prior out (--without-prior), for picture variations alone"
+            )
+
+
 @dataclass
 class DiffusersFolder:
     """A folder that is being written, component by component; ``digests`` of all tensors in it, for the check."""
@@ -59,22 +81,16 @@ class DiffusersFolder:
     def add_clip(self, clip: CLIP) -> None:
         """Both towers (or the text tower alone, where there is no other), the tokenizer and the preprocessing."""
         state = clip.model.state_dict()
-        self._model("text_encoder", text_config(clip), to_transformers(state, TEXT))
+        self._model("text_encoder", text_config(clip.cfg), to_transformers(state, TEXT))
         write_tokenizer(self.path / "tokenizer", clip.tokenizer.context_length)
         self.components.append("tokenizer")
         if clip.model.visual is None:
             return
-        self._model("image_encoder", vision_config(clip), to_transformers(state, VISION))
+        self._model("image_encoder", vision_config(clip.cfg), to_transformers(state, VISION))
         self._write("feature_extractor/preprocessor_config.json", _preprocessing(clip))
         self.components.append("feature_extractor")
 
-    def add_prior(self, prior: nn.Module) -> None:
-        """ConfigError where PriorTransformer cannot express it, as for all stages."""
-        if not isinstance(prior, DiffusionPrior):
-            raise ArtifactError(
-                f"diffusers' UnCLIPPipeline samples from a diffusion prior, not from a {type(prior).__name__}: train one with "
-                "model=diffusion_prior, or leave the prior out (--without-prior), for picture variations alone"
-            )
+    def add_prior(self, prior: DiffusionPrior) -> None:
         if not prior.clip_std.any():
             raise ArtifactError("the prior's clip_std is zero, so all z_i would be alike; train or import it again")
         state = _below(prior.state_dict(), "net.") | {"clip_mean": prior.clip_mean, "clip_std": prior.clip_std}
