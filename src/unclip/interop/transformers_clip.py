@@ -203,7 +203,10 @@ def open_clip_config(text: Mapping[str, Any], vision: Mapping[str, Any]) -> dict
 
 
 def convertible(cfg: CLIPConfig) -> dict[str, Any]:
-    """open_clip's arguments with all defaults filled in, and ``image_size`` as one number. ConfigError for towers other than CLIP's plain transformers."""
+    """open_clip's arguments with all defaults filled in, and ``image_size`` as one number.
+
+    ConfigError for towers other than CLIP's plain transformers.
+    """
     from dataclasses import asdict
 
     from open_clip import CLIPTextCfg, CLIPVisionCfg
