@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,7 +82,21 @@ def test_weights_are_those_of_the_artifacts_to_the_bit(exported: tuple[Path, str
             assert torch.equal(value, own), f"{component} {name}"
 
 
-def altered(folder: Path, component: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing diffusers in a process of its own takes ten seconds."""
+    from diffusers.schedulers import scheduling_unclip
+
+    from unclip.interop import diffusers_check
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        found = diffusers_check.main(Path(command[-2]), Path(command[-1]))
+        return SimpleNamespace(returncode=0, stdout=json.dumps(found), stderr="")
+
+    monkeypatch.setattr(scheduling_unclip, "randn_tensor", scheduling_unclip.randn_tensor)  # as it was, afterwards
+    monkeypatch.setattr(diffusers_export.subprocess, "run", run)
+
+
+def alter(component: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have one weight of a component be another one when diffusers looks at it."""
     finish = diffusers_export.DiffusersFolder.finish
 
@@ -99,7 +114,8 @@ def altered(folder: Path, component: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_check_sees_one_other_weight_and_leaves_nothing(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    altered(tmp_path, "decoder", monkeypatch)
+    check_in_this_process(monkeypatch)
+    alter("decoder", monkeypatch)
     result = export(runs, "--out", tmp_path / "out")
     assert isinstance(result.exception, ArtifactError)
     said = str(result.exception)
