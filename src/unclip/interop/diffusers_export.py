@@ -73,7 +73,7 @@ def export_diffusers(folders: Mapping[str, Path], out: Path, *, legacy: bool = F
         file = Path(scratch) / "reference.safetensors"
         reference.write(file, folder.digests)
         log.info("repeating forward passes and pictures with diffusers")
-        return _check(draft, file)
+        return _judged(repeat(draft, file))
 
 
 def _load(folder: Path, kind: str) -> Any:
@@ -86,13 +86,17 @@ def _upsamplers(folders: Mapping[str, Path]) -> list[str]:
     return sorted(names, key=lambda name: artifact.read_manifest(folders[name], kind="upsampler").config["image_size"])
 
 
-def _check(folder: Path, reference: Path) -> Checked:
+def repeat(folder: Path, reference: Path) -> dict[str, Any]:
+    """What :mod:`unclip.interop.diffusers_check` finds. Raises :class:`ArtifactError` where diffusers cannot load the folder."""
     command = [sys.executable, "-m", "unclip.interop.diffusers_check", str(folder), str(reference)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
         raise ArtifactError(f"diffusers cannot load what was written: {said}")
-    found = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _judged(found: dict[str, Any]) -> Checked:
     pictures = found["pictures"].values()
     result = Checked(
         found["version"],
