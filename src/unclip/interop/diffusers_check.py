@@ -30,8 +30,7 @@ Tensors = dict[str, Tensor]
 
 def main(folder: Path, reference: Path) -> dict[str, Any]:
     """{"version", "shimmed", "weights": names that differ, "forward": {name: difference}, "pictures": {name: [mean, share]}}."""
-    import diffusers
-
+    diffusers: Any = importlib.import_module("diffusers")
     with safe_open(reference, "pt") as file:
         digests: dict[str, str] = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -167,8 +166,7 @@ def _pictures(images: Any) -> Tensor:
 
 
 def _upsampler(folder: Path) -> dict[str, Any]:
-    import diffusers
-
+    diffusers: Any = importlib.import_module("diffusers")
     nets = {
         name: diffusers.UNet2DModel.from_pretrained(folder / name) for name in ("super_res_first", "super_res_last")
     }
@@ -192,8 +190,7 @@ def _upscale(modules: dict[str, Any], tensors: Tensors, name: str) -> Tensor:
 
 def _feed_noise(tensors: Tensors, stages: list[str]) -> Tensors:
     """Have the scheduler draw the recorded noises, in order; returns those that sampling begins with."""
-    from diffusers.schedulers import scheduling_unclip
-
+    scheduling: Any = importlib.import_module("diffusers.schedulers.scheduling_unclip")
     drawn = {
         stage: [tensors[name] for name in sorted(tensors) if name.startswith(f"{stage}.noise_")] for stage in stages
     }
@@ -202,7 +199,7 @@ def _feed_noise(tensors: Tensors, stages: list[str]) -> Tensors:
     def recorded(shape: Any, **_: Any) -> Tensor:
         return next(steps).reshape(shape)
 
-    scheduling_unclip.randn_tensor = recorded
+    scheduling.randn_tensor = recorded
     return {stage: values[0] for stage, values in drawn.items()}
 
 

@@ -19,7 +19,11 @@ from unclip.models.upsampler import Upsampler
 from unclip.nets.layers import Cond, Keep
 
 CAPTIONS = ["a red horse!", "two cônes, 3 spheres & a very small cube"]
-PRIOR_STEPS, DECODER_STEPS, UPSAMPLER_STEPS = 5, 5, 3
+PRIOR_STEPS, DECODER_STEPS, UPSAMPLER_STEPS = (
+    10,
+    10,
+    7,
+)  # in large steps the first x0, of hardly any signal, weighs more
 PRIOR_SCALE, DECODER_SCALE = 4.0, 8.0  # the pipelines' defaults
 
 
