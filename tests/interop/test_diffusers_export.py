@@ -216,7 +216,7 @@ def test_other_priors_and_other_clips_are_refused(runs: Path, tmp_path: Path, mo
     ("arguments", "message"),
     [
         (("--diffusers-compat", "old"), "--diffusers-compat is old; it must be current (from 0.38 on) or legacy"),
-        ((), "the stage clip is missing: give its folder"),
+        ((), "clip does not exist; give the run folder of a finished stage"),
     ],
 )
 def test_wrong_arguments(arguments: tuple[str, ...], message: str, tmp_path: Path):
