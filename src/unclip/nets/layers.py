@@ -201,5 +201,5 @@ def zero_init(module: nn.Module) -> nn.Module:
 def same_length(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Pad captions (B, L, ...) with zeros to the longer of the two; a masked position may hold anything."""
     length = max(first.shape[1], second.shape[1])
-    pads = [value.new_zeros(len(value), length - value.shape[1], *value.shape[2:]) for value in (first, second)]
+    pads = [value.new_zeros(value.shape[0], length - value.shape[1], *value.shape[2:]) for value in (first, second)]
     return torch.cat((first, pads[0]), dim=1), torch.cat((second, pads[1]), dim=1)
