@@ -143,6 +143,8 @@ def keep_rows(value: Tensor, keep: Tensor | None, null: Tensor | None) -> Tensor
         return value
     rows = keep.view(-1, *[1] * (value.ndim - 1))
     replacement = value.new_zeros(()) if null is None else null.to(value.dtype)
+    if value.dtype == torch.bool:  # onnxruntime chooses among numbers only
+        return rows & value | ~rows & replacement
     return torch.where(rows, value, replacement)
 
 
