@@ -129,7 +129,7 @@ class Reference:
             self._keep(stage, **{f"noise_{index:02}": value.squeeze(1)})  # of the prior's one candidate
 
     def _keep(self, stage: str, **tensors: Tensor) -> None:
-        self.tensors |= {f"{stage}.{name}": value.detach().cpu() for name, value in tensors.items()}
+        self.tensors |= {f"{stage}.{name}": value.detach().cpu().clone() for name, value in tensors.items()}
 
 
 def _text(clip: CLIP, tokens: Tensor) -> Cond:
