@@ -385,4 +385,4 @@ class TextTransformer(nn.Module):
         states = self.token_embedding(tokens) + self.positional_embedding[:, :length]
         states = self.norm_out(self.transformer_blocks.run(states, visible[:, None, None]))
         last = (mask * position).amax(dim=1)
-        return states, states[torch.arange(len(tokens), device=tokens.device), last]
+        return states, states[torch.arange(tokens.shape[0], device=tokens.device), last]
