@@ -142,6 +142,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Type": kind, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
+        self.send_header("Connection", "close")  # else a client's open connection outlives the server
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
