@@ -119,7 +119,7 @@ def load(folder: Path | str, *, kind: str | None = None) -> tuple[nn.Module, Man
     path = locate(folder)
     weights = _checked_weights(path, manifest)
     with _Unfilled():
-        model = build(_config(manifest, path), Interface(**manifest.interface))
+        model = build(config_of(manifest, path), Interface(**manifest.interface))
     try:
         model.load_state_dict(weights, strict=True)
     except (RuntimeError, ValueError) as error:
@@ -145,12 +145,25 @@ def read_weights(folder: Path | str) -> dict[str, Tensor]:
     return _checked_weights(locate(folder), read_manifest(folder))
 
 
-def _checked_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+def verify(folder: Path | str) -> Manifest:
+    """The manifest of an artifact whose files are whole, without loading them; raises :class:`ArtifactError` as :func:`load`."""
+    path, manifest = locate(folder), read_manifest(folder)
+    _refuse_altered(path, manifest)
+    if manifest.statistics_sha256:
+        _read_statistics(path, manifest)
+    return manifest
+
+
+def _refuse_altered(path: Path, manifest: Manifest) -> None:
     if _sha256(path / WEIGHTS) != manifest.weights_sha256:
         raise ArtifactError(
             f"{path / WEIGHTS} is not the file that {MANIFEST} describes: it was altered or cut short. "
             "Copy the artifact again or train the stage again."
         )
+
+
+def _checked_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
+    _refuse_altered(path, manifest)
     try:
         return load_file(path / WEIGHTS)
     except (ValueError, SafetensorError) as error:
@@ -247,7 +260,8 @@ def content_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
 
-def _config(manifest: Manifest, path: Path) -> Any:
+def config_of(manifest: Manifest, path: Path) -> Any:
+    """The model's typed configuration; raises :class:`ArtifactError` for a model or settings that this version does not know."""
     from unclip.models import REGISTRY
 
     if manifest.model not in REGISTRY:

@@ -13,6 +13,7 @@ from unclip.batches import Again, Batches, Meter, Progress, chunks
 from unclip.chain import Chain, is_guided
 from unclip.config import Precision
 from unclip.errors import ArtifactError, ConfigError
+from unclip.interop.hub import runs_folder
 from unclip.jobs import Job, Picture, Sampling
 from unclip.loading import Memory, OnDemand, folders_of, read_stage
 from unclip.manipulate import (
@@ -58,12 +59,14 @@ class UnCLIP(Chain):
     ) -> "UnCLIP":
         """All stages below the folder ``runs``: its sub-folders clip, prior, decoder and upsampler*, each a run or an artifact.
 
-        ``runs`` may also map these names to folders. Without a prior, captions cannot be drawn, but pictures can be varied.
+        ``runs`` may also be hf://OWNER/NAME of the hub, or map these names to folders. Without a prior, captions cannot be
+        drawn, but pictures can be varied.
         ``prior`` is another prior's folder, in place of the one there.
         ``keep_in_memory`` one holds a single stage at a time: each draws for all pictures before the next one is read.
         Raises :class:`ArtifactError` for a missing stage, a damaged one, or stages of different CLIPs.
         """
-        folders = {name: Path(f) for name, f in runs.items()} if isinstance(runs, Mapping) else folders_of(Path(runs))
+        named = {name: Path(f) for name, f in runs.items()} if isinstance(runs, Mapping) else None
+        folders = folders_of(runs_folder(str(runs))) if named is None else named
         if prior is not None:
             folders["prior"] = Path(prior)
         if absent := {"clip", "decoder"} - folders.keys():

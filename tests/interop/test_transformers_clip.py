@@ -55,8 +55,8 @@ CONFIGS = {
 def theirs(clip: CLIP) -> tuple[Any, Any]:
     transformers = pytest.importorskip("transformers")
     state = clip.model.state_dict()
-    text = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**towers.text_config(clip)))
-    vision = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**towers.vision_config(clip)))
+    text = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**towers.text_config(clip.cfg)))
+    vision = transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**towers.vision_config(clip.cfg)))
     text.load_state_dict(towers.to_transformers(state, towers.TEXT), strict=True)
     vision.load_state_dict(towers.to_transformers(state, towers.VISION), strict=True)
     return text.eval(), vision.eval()
@@ -90,7 +90,7 @@ def test_back_again_all_is_equal_to_the_bit(name: str):
     assert {*wanted} - {*found} == {"logit_scale"}
     for key, value in found.items():
         assert torch.equal(value, wanted[key]), key
-    again = towers.open_clip_config(towers.text_config(clip), towers.vision_config(clip))
+    again = towers.open_clip_config(towers.text_config(clip.cfg), towers.vision_config(clip.cfg))
     rebuilt = CLIP(CLIPConfig(name="local-dir:gone", description=json.dumps({"model_cfg": again})))
     rebuilt.model.load_state_dict(found | {"logit_scale": torch.tensor(towers.LOGIT_SCALE)}, strict=True)
     tokens = clip.tokenize(["a red cube"])
@@ -139,7 +139,7 @@ def test_what_is_no_tower_is_refused():
 def test_other_towers_are_refused(vision: dict[str, Any], message: str):
     clip = CLIP(described(**vision))
     with pytest.raises(ConfigError, match=message):
-        towers.vision_config(clip)
+        towers.vision_config(clip.cfg)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import typer
 
 from unclip.cli.draw import edit, generate, inpaint, interpolate, mix, repeat, vary
 from unclip.cli.embeddings import export_embeddings, import_embeddings
+from unclip.cli.exports import export_diffusers, export_onnx, export_open_clip
+from unclip.cli.hub import pull, push, runs_folder
 from unclip.cli.karlo import import_karlo
 from unclip.cli.latents import edit_verdict, pca_probe, reconstruct, typographic_probe
 from unclip.errors import ConfigError, told_to_the_user
@@ -27,10 +29,23 @@ for command in (reconstruct, edit_verdict, pca_probe, typographic_probe):
 imports.command("embeddings")(import_embeddings)
 imports.command("karlo")(import_karlo)
 exports.command("embeddings")(export_embeddings)
+exports.command("open-clip")(export_open_clip)
+exports.command("diffusers")(export_diffusers)
+exports.command("onnx")(export_onnx)
+for command in (push, pull):
+    app.command()(command)
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
-Runs = Annotated[Path, typer.Option("--from", help="Folder with the runs clip, prior, decoder and upsampler*.")]
+Runs = Annotated[
+    Path,
+    typer.Option(
+        "--from",
+        parser=runs_folder,
+        metavar="RUNS",
+        help="Folder with the runs clip, prior, decoder and upsampler*, or hf://OWNER/NAME of the hub.",
+    ),
+]
 
 
 def main() -> None:

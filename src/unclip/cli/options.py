@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-Runs = Annotated[Path, typer.Option("--from", help="Folder with the runs clip, prior, decoder and upsampler*.")]
+from unclip.cli.hub import runs_folder
+
+Runs = Annotated[
+    Path,
+    typer.Option(
+        "--from",
+        parser=runs_folder,
+        metavar="RUNS",
+        help="Folder with the runs clip, prior, decoder and upsampler*, or hf://OWNER/NAME of the hub.",
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
 Picture = Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="A picture: png, jpg or webp.")]

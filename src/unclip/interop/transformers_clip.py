@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unclip.errors import ArtifactError, ConfigError
-from unclip.models.clip import CLIP
+from unclip.models.clip import CLIPConfig
 
 LOGIT_SCALE = 4.6052  # ln 100, where OpenAI's training ended: the models with projection do not hold it
 START, END = 49406, 49407  # tokens
@@ -123,14 +123,14 @@ def from_transformers(state: Mapping[str, Tensor], tower: Tower) -> dict[str, Te
     return found
 
 
-def text_config(clip: CLIP) -> dict[str, Any]:
+def text_config(cfg: CLIPConfig) -> dict[str, Any]:
     """transformers' CLIPTextConfig as JSON. ConfigError for a tower that it cannot express."""
-    arguments = convertible(clip)
+    arguments = convertible(cfg)
     text = arguments["text_cfg"]
     return {
         "architectures": ["CLIPTextModelWithProjection"],
         "model_type": "clip_text_model",
-        "vocab_size": clip.model.vocab_size,
+        "vocab_size": text["vocab_size"],
         "hidden_size": text["width"],
         "intermediate_size": int(text["width"] * text["mlp_ratio"]),
         "projection_dim": arguments["embed_dim"],
@@ -144,9 +144,9 @@ def text_config(clip: CLIP) -> dict[str, Any]:
     }
 
 
-def vision_config(clip: CLIP) -> dict[str, Any]:
+def vision_config(cfg: CLIPConfig) -> dict[str, Any]:
     """transformers' CLIPVisionConfig as JSON. ConfigError for a tower that it cannot express."""
-    arguments = convertible(clip)
+    arguments = convertible(cfg)
     vision = arguments["vision_cfg"]
     return {
         "architectures": ["CLIPVisionModelWithProjection"],
@@ -157,7 +157,7 @@ def vision_config(clip: CLIP) -> dict[str, Any]:
         "num_hidden_layers": vision["layers"],
         "num_attention_heads": vision["width"] // vision["head_width"],
         "num_channels": 3,
-        "image_size": clip.image_size,
+        "image_size": arguments["image_size"],
         "patch_size": vision["patch_size"],
         **_shared(arguments),
     }
@@ -202,13 +202,16 @@ def open_clip_config(text: Mapping[str, Any], vision: Mapping[str, Any]) -> dict
     }
 
 
-def convertible(clip: CLIP) -> dict[str, Any]:
-    """open_clip's arguments with all defaults filled in. ConfigError for towers other than CLIP's plain transformers."""
+def convertible(cfg: CLIPConfig) -> dict[str, Any]:
+    """open_clip's arguments with all defaults filled in, and ``image_size`` as one number.
+
+    ConfigError for towers other than CLIP's plain transformers.
+    """
     from dataclasses import asdict
 
     from open_clip import CLIPTextCfg, CLIPVisionCfg
 
-    arguments = clip.cfg.architecture().arguments
+    arguments = cfg.architecture().arguments
     found = {"quick_gelu": False, **arguments}
     for key, cls, plain in (("vision_cfg", CLIPVisionCfg, PLAIN_VISION), ("text_cfg", CLIPTextCfg, PLAIN_TEXT)):
         defaults, given = asdict(cls()), asdict(cls(**arguments[key]))
@@ -221,10 +224,10 @@ def convertible(clip: CLIP) -> dict[str, Any]:
                 "transformers, such as model.name=ViT-B-32, ViT-L-14 or ViT-H-14, and the small CLIP without a name"
             )
         found[key] = given
-    size = clip.model.visual.image_size
+    size = found["vision_cfg"]["image_size"]
     if not isinstance(size, int) and size[0] != size[1]:
         raise ConfigError(f"transformers' CLIP reads squares, not {tuple(size)} pixels; take a CLIP of square pictures")
-    return found
+    return {**found, "image_size": size if isinstance(size, int) else size[0]}
 
 
 def _shared(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -188,7 +188,7 @@ class CLIP(nn.Module):
         x = net.transformer(x, attn_mask=net.attn_mask[:L, :L])
         text_seq = net.ln_final(x)
         end = tokens.argmax(dim=1)  # the end-of-text token has the largest id
-        pooled = text_seq[torch.arange(len(tokens), device=tokens.device), end]
+        pooled = text_seq[torch.arange(tokens.shape[0], device=tokens.device), end]
         return pooled @ net.text_projection, text_seq
 
     def losses(self, batch: Batch, noise: Noise | None = None) -> dict[str, Tensor]:

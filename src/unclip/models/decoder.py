@@ -21,7 +21,7 @@ from unclip.models.pictures import training_pictures
 from unclip.models.sampling import DiffusionSampling
 from unclip.nets.conditioned import ConditioningConfig, DecoderNet, DecoderText
 from unclip.nets.layers import ClipWidths, Cond, Keep, NullText
-from unclip.nets.unet import UNetConfig
+from unclip.nets.unet import UNetConfig, UNetContext
 
 
 class EmbeddingNorm(Enum):
@@ -109,6 +109,10 @@ class Decoder(nn.Module):
     def cond(self, batch: Batch) -> Cond:
         """The batch's conditions, CLIP's raw outputs as they are; columns that the batch lacks are None."""
         return replace(text_side(batch), image_emb=batch.image_emb)
+
+    def prepare(self, cond: Cond, keep: Keep) -> UNetContext:
+        """The net's context of a condition as CLIP makes it, its embeddings raw."""
+        return self.net.prepare(self._scaled(cond), keep)
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """Scalars whose sum is the loss. Rows lose z_i and the text side by chance, independently."""

@@ -21,7 +21,7 @@ from unclip.models.pca import PCA
 from unclip.models.sampling import PriorSampling
 from unclip.nets.layers import ClipWidths, Cond, Keep, NullText
 from unclip.nets.prior_run import PriorRun
-from unclip.nets.transformer import PriorNet, PriorNetConfig
+from unclip.nets.transformer import PriorContext, PriorNet, PriorNetConfig
 
 PAPER_STD = 0.5375  # 17.2 / sqrt(1024): the paper's scale of z_i, as the standard deviation of one of its numbers
 MEASURED_PERCENT = range(5, 100, 10)  # of the schedule, where validation looks
@@ -154,6 +154,10 @@ class DiffusionPrior(nn.Module):
     def cond(self, batch: Batch) -> Cond:
         """The batch's text side, z_t raw."""
         return text_side(batch)
+
+    def prepare(self, cond: Cond, keep: Keep) -> PriorContext:
+        """The net's context of a condition as CLIP makes it, z_t raw."""
+        return self.net.prepare(self._scaled(cond), keep)
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """{"mse": ...} between the predicted and the true z_i, in the space they are diffused in."""

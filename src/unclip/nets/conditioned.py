@@ -120,7 +120,7 @@ class TextProj(nn.Module):
 
         The mask (B, L) bool is None where all tokens are real. A condition that is missing counts as dropped.
         """
-        rows = len(cond)
+        rows = cond.rows_given
         if not rows:
             raise ValueError("an empty condition: set Cond.num_rows to the number of pictures")
         if self.cfg.null_text is NullText.empty:

@@ -58,7 +58,7 @@ def with_empty_captions(module: nn.Module, cond: Cond, keep: Tensor | None, sour
     for name, null in empty.items():
         value = mask if name == "text_mask" else vars(cond)[name]
         if value is None:
-            found[name] = null.expand(len(cond), *null.shape)
+            found[name] = null.expand(cond.rows_given, *null.shape)
         elif name == "text_emb":
             found[name] = keep_rows(value, keep, null)
         else:

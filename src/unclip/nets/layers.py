@@ -72,7 +72,12 @@ class Cond:
     num_rows: int = 0  # read only where all fields are None
 
     def __len__(self) -> int:
-        return next((len(value) for value in self._fields().values()), self.num_rows)
+        return self.rows_given
+
+    @property
+    def rows_given(self) -> int:
+        """The number of rows: symbolic under torch.export, which ``len`` cannot be."""
+        return next((value.shape[0] for value in self._fields().values()), self.num_rows)
 
     def caption_mask(self) -> Tensor | None:
         """(B, L) bool, True for real tokens. Without a mask, tokens are real up to the end-of-text token."""
@@ -138,6 +143,8 @@ def keep_rows(value: Tensor, keep: Tensor | None, null: Tensor | None) -> Tensor
         return value
     rows = keep.view(-1, *[1] * (value.ndim - 1))
     replacement = value.new_zeros(()) if null is None else null.to(value.dtype)
+    if value.dtype == torch.bool:  # onnxruntime chooses among numbers only
+        return rows & value | ~rows & replacement
     return torch.where(rows, value, replacement)
 
 
@@ -196,5 +203,5 @@ def zero_init(module: nn.Module) -> nn.Module:
 def same_length(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Pad captions (B, L, ...) with zeros to the longer of the two; a masked position may hold anything."""
     length = max(first.shape[1], second.shape[1])
-    pads = [value.new_zeros(len(value), length - value.shape[1], *value.shape[2:]) for value in (first, second)]
+    pads = [value.new_zeros(value.shape[0], length - value.shape[1], *value.shape[2:]) for value in (first, second)]
     return torch.cat((first, pads[0]), dim=1), torch.cat((second, pads[1]), dim=1)

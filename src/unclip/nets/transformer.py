@@ -246,7 +246,7 @@ class PrefixNet(nn.Module):
             cond, keep = with_empty_captions(self, cond, keep.text, self.cfg.source), Keep()
         assert cond.text_emb is not None
         text = self._text_token(keep_rows(cond.text_emb, keep.text, self._null))
-        real = torch.ones(len(text), 1, dtype=torch.bool, device=text.device)
+        real = torch.ones(text.shape[0], 1, dtype=torch.bool, device=text.device)
         if self.cfg.text is not PriorText.none:
             states, mask = self._caption(cond)
             text = torch.cat((states, text), dim=1)
@@ -345,7 +345,7 @@ def seen(prefix: Tensor, draws: int, size: int) -> Tensor:
     index = torch.arange(size * draws, device=prefix.device)
     own = (index[:, None] // size == index // size) & (index[:, None] >= index)
     rows = prefix[:, None, None].expand(-1, 1, size * draws, -1)
-    return torch.cat((rows, own.expand(len(prefix), 1, -1, -1)), dim=-1)
+    return torch.cat((rows, own.expand(prefix.shape[0], 1, -1, -1)), dim=-1)
 
 
 @dataclass
@@ -385,4 +385,4 @@ class TextTransformer(nn.Module):
         states = self.token_embedding(tokens) + self.positional_embedding[:, :length]
         states = self.norm_out(self.transformer_blocks.run(states, visible[:, None, None]))
         last = (mask * position).amax(dim=1)
-        return states, states[torch.arange(len(tokens), device=tokens.device), last]
+        return states, states[torch.arange(tokens.shape[0], device=tokens.device), last]

@@ -118,9 +118,10 @@ class ResnetBlock(nn.Module):
 def modulated_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """norm(x) * (1 + scale) + shift for x (B, C, H, W), scale and shift (B, C).
 
-    On a CPU it is one group norm of B·C channels, whose own weights are each sample's: no further pass over x.
+    On a CPU it is one group norm of B·C channels, whose own weights are each sample's: no further pass over x. The number of
+    its groups must be known, which it is not where torch.export leaves B open.
     """
-    if not x.is_cpu:
+    if not x.is_cpu or isinstance(x.shape[0], torch.SymInt):
         return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
     wide = torch.promote_types(scale.dtype, torch.float32)
     scale = 1 + scale.to(wide)
