@@ -10,6 +10,7 @@ import typer
 from unclip.cli.draw import edit, generate, inpaint, interpolate, mix, repeat, vary
 from unclip.cli.embeddings import export_embeddings, import_embeddings
 from unclip.cli.latents import edit_verdict, pca_probe, reconstruct, typographic_probe
+from unclip.cli.probing import binding_probe, busy_probe, sweep_probe, words_probe
 from unclip.errors import ConfigError, told_to_the_user
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -22,6 +23,8 @@ app.add_typer(exports, name="export")
 for command in (generate, vary, interpolate, edit, mix, inpaint, repeat):
     app.command()(command)
 for command in (reconstruct, edit_verdict, pca_probe, typographic_probe):
+    app.command()(command)
+for command in (binding_probe, words_probe, busy_probe, sweep_probe):
     app.command()(command)
 imports.command("embeddings")(import_embeddings)
 exports.command("embeddings")(export_embeddings)

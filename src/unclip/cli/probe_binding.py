@@ -24,9 +24,7 @@ GLIDE = "GLIDE form: a decoder of captions alone"
 SHOWN = 10  # scenes of the sheet, each with its exchange below it
 
 
-def probe_binding(
-    runs: Path, out: Path, *, text_decoder: Path | None, num: int, seed: int, batch_size: int
-) -> Finding:
+def probe_binding(runs: Path, out: Path, *, text_decoder: Path | None, num: int, seed: int, batch_size: int) -> Finding:
     """Draws ``num`` scenes of two coloured shapes and the same with their colours exchanged; ``binding.json|md|png``.
 
     ``text_decoder``: a decoder trained with model.conditioning.image=false, for the paper's comparison with GLIDE.
@@ -51,7 +49,8 @@ def probe_binding(
     facts = {
         "scenes": num,
         "seed": seed,
-        "artifacts": artifacts_of(pipeline) | ({} if other is None else {"text_decoder": artifacts_of(other)["decoder"]}),
+        "artifacts": artifacts_of(pipeline)
+        | ({} if other is None else {"text_decoder": artifacts_of(other)["decoder"]}),
         "cosine of a scene's z_i and its exchange's": float(_cosines(true[::2], true[1::2]).mean()),
         "cosine of a caption's z_t and its exchange's": float(_cosines(text_emb[::2], text_emb[1::2]).mean()),
         "the real pictures, read": {name: share.share for name, share in _shares(real, scenes).items()},

@@ -31,7 +31,9 @@ def probe_busy(runs: Path, out: Path, *, num: int, seed: int, batch_size: int) -
         raise ConfigError(f"--num {num} is too few: give each number of objects, 1 to {MOST}, two pictures at least")
     features, pipeline = PictureFeatures(), load_chain(runs)
     if pipeline.size < SMALLEST:
-        raise ConfigError(f"pictures of {pipeline.size} px hold no eight objects: this probe needs a chain of {SMALLEST} px")
+        raise ConfigError(
+            f"pictures of {pipeline.size} px hold no eight objects: this probe needs a chain of {SMALLEST} px"
+        )
     scenes = busy_scenes(num)
     asked = Asked(pipeline, [scene.caption for scene in scenes], seed, batch_size)
     real = [render(scene, pipeline.size) for scene in scenes]
@@ -45,7 +47,10 @@ def probe_busy(runs: Path, out: Path, *, num: int, seed: int, batch_size: int) -
     rows = {title: _measured(pictures, scenes, others, features) for title, pictures in drawn.items()}
     facts = {"captions": num, "seed": seed, "size": pipeline.size, "base": pipeline.configs["decoder"].image_size}
     finding = Finding(
-        "busy", f"Busy scenes: {num} captions of 1 to {MOST} objects", rows, facts | {"artifacts": artifacts_of(pipeline)}
+        "busy",
+        f"Busy scenes: {num} captions of 1 to {MOST} objects",
+        rows,
+        facts | {"artifacts": artifacts_of(pipeline)},
     )
     lines = [(scenes[i].caption, [pictures[i] for pictures in drawn.values()]) for i in range(min(num, 2 * MOST))]
     typer.echo(finding.write(out, draw_table(lines, list(drawn), cell=max(96, pipeline.size))))

@@ -59,7 +59,9 @@ def probe_caption_pairs(
         rows[title] = {name: Share(sum(right), len(right)), "both of a pair": both(right)}
     facts = {"pairs": len(pairs), "seed": seed, "judge": told, "artifacts": artifacts_of(pipeline)}
     finding = Finding("binding", f"Binding: {2 * len(pairs)} captions, judged without an oracle", rows, facts)
-    lines = [(asked.captions[i], [pictures[i] for pictures in drawn.values()]) for i in range(min(2 * SHOWN, 2 * len(pairs)))]
+    lines = [
+        (asked.captions[i], [pictures[i] for pictures in drawn.values()]) for i in range(min(2 * SHOWN, 2 * len(pairs)))
+    ]
     typer.echo(finding.write(out, draw_table(lines, list(drawn))))
     return finding
 

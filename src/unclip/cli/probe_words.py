@@ -23,9 +23,7 @@ LEAST = 0.95  # of real renders that must be read, or the probe says nothing abo
 SHOWN = 10  # rows of the sheet for each kind of words
 
 
-def probe_words(
-    runs: Path, out: Path, *, text_decoder: Path | None, num: int, seed: int, batch_size: int
-) -> Finding:
+def probe_words(runs: Path, out: Path, *, text_decoder: Path | None, num: int, seed: int, batch_size: int) -> Finding:
     """``num`` captions with words that training signs say, and ``num`` with words that none says; ``words.json|md|png``.
 
     ConfigError where the reader cannot read real renders at the chain's size: then it cannot judge drawn ones either.

@@ -7,7 +7,17 @@ from functools import cache
 import numpy as np
 
 from unclip.data.shapes_caption import RELATIONS, plain_phrase
-from unclip.data.shapes_scene import HELD_OUT, SOLIDS, Placed, Scene, Solid, draw_scene, pair_scene, single_scene, with_word
+from unclip.data.shapes_scene import (
+    HELD_OUT,
+    SOLIDS,
+    Placed,
+    Scene,
+    Solid,
+    draw_scene,
+    pair_scene,
+    single_scene,
+    with_word,
+)
 
 _SEED = 20220413
 MOST = 8  # objects of a busy scene

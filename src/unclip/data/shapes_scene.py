@@ -27,14 +27,11 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 COLOURS: tuple[str, ...] = tuple(PALETTE)
 SIZES: dict[str, tuple[float, float]] = {"small": (0.29, 0.33), "large": (0.42, 0.46)}  # units, in sides of the picture
-# On training signs; the words below never are, but each of their letters is.
-WORDS: tuple[str, ...] = tuple(
-    "stop go open exit sale hello yes no taxi cafe zoo wow bus menu hot new tea bar gym shop east west north soup cake "
-    "rice milk pizza hotel bank farm park lake road town beach music film work rest left join king queen jazz vote fix club".split()
-)
-HELD_OUT_WORDS: tuple[str, ...] = tuple(
-    "wait slow help push pull free fish salad bread train south juice lemon river house ticket".split()
-)
+_TOLD = """stop go open exit sale hello yes no taxi cafe zoo wow bus menu hot new tea bar gym shop east west north soup
+    cake rice milk pizza hotel bank farm park lake road town beach music film work rest left join king queen jazz vote fix club"""
+_KEPT_BACK = "wait slow help push pull free fish salad bread train south juice lemon river house ticket"
+WORDS: tuple[str, ...] = tuple(_TOLD.split())  # on training signs
+HELD_OUT_WORDS: tuple[str, ...] = tuple(_KEPT_BACK.split())  # never on one, though each of their letters is
 
 FAMILY = 8  # neighbouring training scenes that are easily confused
 _SINGLE_SHARE = 1 / 3  # of the scenes with one or two objects

@@ -18,9 +18,13 @@ from unclip.evaluation.probes import Share, read_scene
 from unclip.evaluation.scene_fit import GLOSS_LOSS, colour_of, signal
 
 SIDE = 64  # every picture is read at this size: the smallest solids are 14 pixels wide
-UNITS = (0.2175, 0.29, 0.395)  # sides of the picture: of two rows of four, of three or two rows of three, of two rows of two
+UNITS = (
+    0.2175,
+    0.29,
+    0.395,
+)  # sides of the picture: of two rows of four, of three or two rows of three, of two rows of two
 _STRETCH = (0.93, 1.0, 1.07)  # a drawn solid is not exactly as large
-_PAD = 128  # transforms are this wide, so that correlations do not wrap around
+_PAD = 96  # transforms are this wide, so that correlations do not wrap around
 _FAINT = 0.18  # of a solid's chroma: what is less counts as noise
 _AMPLITUDE = (0.55, 1.45)  # of a solid's chroma, against its colour's
 _WORTH = 0.45  # of its template's energy that a solid must explain
@@ -41,7 +45,7 @@ def _template(shape: str, unit: float) -> tuple[np.ndarray, np.ndarray, float, i
     """Diffuse light of a solid on the grid, its transform, its energy, and the offset of its first pixel."""
     planes, left, top = draw_sprite(shape, unit * SIDE, 0.0, 0.0)
     light = np.maximum(planes[..., 1] - GLOSS_LOSS * planes[..., 2], 0).astype(np.float32)
-    return light, np.conj(fft.fft2(light, (_PAD, _PAD))), float((light**2).sum()), left, top
+    return light, np.conj(fft.fft2(light, (_PAD, _PAD))).astype(np.complex64), float((light**2).sum()), left, top
 
 
 @cache
@@ -61,7 +65,9 @@ def _greedy(plane: np.ndarray, unit: float) -> Count:
             height, width = light.shape
             match = fft.ifft2(transform * conjugate)[: SIDE - height + 1, : SIDE - width + 1]
             strength = np.abs(match) / energy
-            explained = np.where((strength > _AMPLITUDE[0]) & (strength < _AMPLITUDE[1]), np.abs(match) ** 2 / energy, 0)
+            explained = np.where(
+                (strength > _AMPLITUDE[0]) & (strength < _AMPLITUDE[1]), np.abs(match) ** 2 / energy, 0
+            )
             row, column = np.unravel_index(int(explained.argmax()), explained.shape)
             if explained[row, column] > max(best, _WORTH * energy):
                 best = float(explained[row, column])
@@ -81,7 +87,7 @@ def count_solids(picture: np.ndarray) -> Count:
     if few.objects:
         return Count(tuple((one.colour, one.shape) for one in few.objects), few.residual)
     plane = signal(picture, SIDE)
-    plane = np.where(np.abs(plane) < _FAINT, 0, plane)
+    plane = np.where(np.abs(plane) < _FAINT, 0, plane).astype(np.complex64)
     best = min((_greedy(plane, unit) for unit in UNITS), key=lambda one: one.residual)
     return best if best.residual <= _CLEAN else Count((), 1.0)
 

@@ -1,5 +1,7 @@
 """How much fine detail pictures have: KID of small patches, and the spectrum by octaves."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,9 @@ def octave_powers(pictures: Tensor) -> Tensor:
     """
     side = pictures.shape[-1]
     if pictures.shape[-2] != side or side < 2 ** (OCTAVES + 2):
-        raise DataError(f"the spectrum takes square pictures of {2 ** (OCTAVES + 2)} px or more, not {tuple(pictures.shape[-2:])}")
+        raise DataError(
+            f"the spectrum takes square pictures of {2 ** (OCTAVES + 2)} px or more, not {tuple(pictures.shape[-2:])}"
+        )
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float64)[:, None, None]
     grey = (pictures.double() * weights).sum(dim=1)
     window = torch.hann_window(side, periodic=False, dtype=torch.float64)
@@ -41,5 +45,5 @@ def octave_powers(pictures: Tensor) -> Tensor:
     axis = torch.fft.fftfreq(side, dtype=torch.float64)
     radius = (axis[:, None].square() + axis.square()).sqrt()
     edges = [0.5 * 2.0 ** (i - OCTAVES) for i in range(OCTAVES + 1)]
-    bands = [power[(radius >= low) & (radius < high)].mean() for low, high in zip(edges, edges[1:], strict=False)]
+    bands = [power[(radius >= low) & (radius < high)].mean() for low, high in itertools.pairwise(edges)]
     return torch.stack(bands)

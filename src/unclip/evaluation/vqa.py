@@ -14,7 +14,9 @@ from unclip.errors import ConfigError
 
 def phrases_of(caption: str) -> list[str]:
     """What a caption speaks of, by the words that join it: "a red cup and a green plate" has two phrases."""
-    parts = re.split(r",| and | on top of | on | under | above | below | beside | next to | left of | right of ", caption)
+    parts = re.split(
+        r",| and | on top of | on | under | above | below | beside | next to | left of | right of ", caption
+    )
     return [part.strip() for part in parts if part.strip()]
 
 
@@ -42,7 +44,9 @@ class Questioner:
         self.answers = {str(name).lower(): int(i) for i, name in self.model.config.id2label.items()}
         self.generates = self.model.config.model_type == "blip"
         if not self.generates and not {"yes", "no"} <= self.answers.keys():
-            raise ConfigError(f"{folder} does not have yes and no among its {len(self.answers)} answers; it cannot judge")
+            raise ConfigError(
+                f"{folder} does not have yes and no among its {len(self.answers)} answers; it cannot judge"
+            )
 
     def agrees(self, picture: np.ndarray, caption: str) -> float:
         """The product over the caption's phrases of P(yes) against P(no) (as B-VQA: Huang et al. 2023, T2I-CompBench)."""

@@ -62,7 +62,9 @@ class DecoderConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         if self.embedding is Embedding.text and not self.conditioning.image:
-            raise ValueError("embedding=text puts z_t in z_i's place, which image=false leaves out: set one of them only")
+            raise ValueError(
+                "embedding=text puts z_t in z_i's place, which image=false leaves out: set one of them only"
+            )
         if not self.net.attention_levels:
             raise ValueError("the decoder reads its context by attention: set net.attention_levels, for example [1, 2]")
         if self.diffusion.self_conditioning:
