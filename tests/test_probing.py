@@ -158,6 +158,8 @@ def test_sweeps(place: Path, monkeypatch: pytest.MonkeyPatch, what: str, titles:
         assert first["pixels changed"] == 0
         assert last["pixels changed"] > 1
         assert {row["KID x 1000"] for row in rows.values()} != {first["KID x 1000"]}
+    curves = place / f"sweep-{what}" / f"sweep-{what}-curves.png"
+    assert curves.exists() == (what in ("guidance", "eta", "theta"))
     if what in ("captions", "theta"):
         assert "shows the next caption" in first
 

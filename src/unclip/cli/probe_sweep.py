@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unclip.cli.asked import Asked, artifacts_of, load_chain
 from unclip.cli.sweep_ways import WAYS, Subject, Sweep
-from unclip.data.shards import Sample, Shards
+from unclip.data.shards import Sample, Shards, write_atomic
 from unclip.data.transforms import load_image
 from unclip.errors import DataError
 from unclip.evaluation.features import PictureFeatures
@@ -19,7 +19,7 @@ from unclip.evaluation.metrics import kid
 from unclip.evaluation.probes import judge, read_scenes
 from unclip.evaluation.sheet import draw_table
 from unclip.pipeline import UnCLIP
-from unclip.report.probe import Cell, Finding
+from unclip.report.probe import Cell, Finding, draw_curves
 
 SHOWN = 16  # rows of the sheet
 FEWEST = 4  # samples: what the KID needs
@@ -65,6 +65,10 @@ def sweep(cfg: Sweep) -> Finding:
         for i in range(min(SHOWN, len(asked.captions)))
     ]
     typer.echo(finding.write(cfg.out, draw_table(lines, ["the real picture", *drawn])))
+    points = {title: way.point for title, way in drawn.items() if way.point is not None}
+    if points:
+        curves = draw_curves(rows, points, ["KID x 1000", "CLIP score", "pixels changed"], cfg.kind)
+        write_atomic(cfg.out / f"{finding.name}-curves.png", curves)
     return finding
 
 

@@ -101,7 +101,8 @@ def _probe(path: Path) -> list[str]:
     found = read_json(path)
     names = measures_of(found["rows"])
     rows = [(title, *(said(row.get(name)) for name in names)) for title, row in found["rows"].items()]
-    return [heading(found["title"]), table(("", *names), rows), picture(path.with_suffix(".png"), found["title"])]
+    pictures = [picture(path.with_name(f"{path.stem}{end}.png"), found["title"]) for end in ("-curves", "")]
+    return [heading(found["title"]), table(("", *names), rows), *pictures]
 
 
 def _verdict_table(verdict: dict[str, dict[str, float]]) -> str:

@@ -20,7 +20,7 @@ from unclip.evaluation.probes import Share, read_scenes
 from unclip.jobs import Job, Sampling
 from unclip.manipulate import check_share, edit_jobs, find_latents, invertible, text_difference, variation_jobs
 from unclip.pipeline import UnCLIP
-from unclip.report.probe import Cell
+from unclip.report.probe import Cell, Point
 
 DEFAULT_VALUES = {"guidance": "1,1.5,2,3,4", "eta": "0,0.25,0.5,0.75,1", "theta": "0,0.125,0.25,0.375,0.5"}
 KINDS = ("captions", "prior", *DEFAULT_VALUES)
@@ -99,10 +99,11 @@ class Subject:
 
 @dataclass
 class Way:
-    """What was drawn, and measures that only this sweep has."""
+    """What was drawn, measures that only this sweep has, and its place on the plot of a sweep of numbers."""
 
     pictures: list[np.ndarray]
     measures: dict[str, Cell] = field(default_factory=dict)
+    point: Point | None = None
 
 
 def sweep_captions(cfg: Sweep, subject: Subject) -> dict[str, Way]:
@@ -150,15 +151,15 @@ def sweep_guidance(cfg: Sweep, subject: Subject) -> dict[str, Way]:
     asked = subject.asked
     chains = [("", asked.pipeline, asked.with_captions(asked.prior()))]
     if cfg.text_decoder is not None:
-        chains.append(("GLIDE form, ", with_captions_decoder(cfg.runs, cfg.text_decoder), asked.text))
+        chains.append(("GLIDE form", with_captions_decoder(cfg.runs, cfg.text_decoder), asked.text))
     found = {}
-    for name, chain, cond in chains:
+    for line, chain, cond in chains:
         first: list[np.ndarray] | None = None
         for scale in cfg.numbers:
-            title = f"{name}guidance {scale:g}"
+            title = f"{line}, guidance {scale:g}" if line else f"guidance {scale:g}"
             pictures = asked.draw(title, cond, chain, _guided(chain, scale))
             first = pictures if first is None else first
-            found[title] = Way(pictures, {"pixels changed": _rms(pictures, first)})
+            found[title] = Way(pictures, {"pixels changed": _rms(pictures, first)}, Point(line, scale))
     return found
 
 
@@ -182,7 +183,7 @@ def sweep_eta(cfg: Sweep, subject: Subject) -> dict[str, Way]:
             jobs = [variation_jobs(inverted.latents, None, 1, cfg.seed + j, eta) for j in range(2)]
             one, other = (inverted.run(some, eta) for some in jobs)
             measures: dict[str, Cell] = {"PSNR": psnr(true, [torch.from_numpy(picture) for picture in one])}
-            found[f"η = {eta:g}"] = Way(one, {**measures, "pixels changed": _rms(one, other)})
+            found[f"η = {eta:g}"] = Way(one, {**measures, "pixels changed": _rms(one, other)}, Point("", eta))
     return found
 
 
@@ -198,7 +199,7 @@ def sweep_theta(cfg: Sweep, subject: Subject) -> dict[str, Way]:
         for theta in cfg.numbers:
             pictures = inverted.run(edit_jobs(inverted.latents, difference, wanted, [theta], cfg.seed))
             measures = {"pixels changed": _rms(pictures, subject.real), **subject.next_shown(pictures)}
-            found[f"θ = {theta:g}"] = Way(pictures, measures)
+            found[f"θ = {theta:g}"] = Way(pictures, measures, Point("", theta))
     return found
 
 

@@ -1,7 +1,8 @@
 """What a probe found: a table, a sheet of pictures, and JSON that `unclip report` shows."""
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,35 @@ class Finding:
         write_atomic(out / f"{self.name}.md", f"{self.title}\n\n{text}\n".encode())
         write_atomic(out / f"{self.name}.json", (json.dumps(told, indent=2, ensure_ascii=False) + "\n").encode())
         return text
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a row lies on the plot of a sweep: the line it belongs to ("" for the only one), and the value that was swept."""
+
+    line: str
+    value: float
+
+
+def draw_curves(
+    rows: Mapping[str, Mapping[str, Cell]], points: Mapping[str, Point], names: Sequence[str], axis: str
+) -> bytes:
+    """A PNG with one plot for each of the measures ``names`` over the swept value, one line for each kind of drawing."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    figure = Figure(figsize=(4.6 * len(names), 3.4), layout="constrained")
+    for place, name in enumerate(names):
+        axes = figure.add_subplot(1, len(names), place + 1)
+        for line in dict.fromkeys(point.line for point in points.values()):
+            mine = [(point.value, rows[title][name]) for title, point in points.items() if point.line == line]
+            heights = [cell.share if isinstance(cell, Share) else cell for _, cell in mine]
+            axes.plot([value for value, _ in mine], heights, marker="o", label=line or "unCLIP")
+        axes.set_xlabel(axis)
+        axes.set_title(name)
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return buffer.getvalue()
 
 
 def _plain(cell: Cell) -> Any:
