@@ -23,7 +23,9 @@ class WordReader:
             from rapidocr import RapidOCR
         except ImportError:
             raise ConfigError("reading written words needs the extra eval: pip install 'unclip[eval]'") from None
-        self._ocr: Any = RapidOCR(params={"Global.log_level": "error", "Global.use_cls": False})
+        settings = {"Global.use_cls": False, "Det.limit_side_len": SIDE}  # no upside-down text, no further enlargement
+        settings |= {"EngineConfig.onnxruntime.intra_op_num_threads": 1, "Global.log_level": "error"}
+        self._ocr: Any = RapidOCR(params=settings)
 
     def __call__(self, picture: np.ndarray) -> list[str]:
         large = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
