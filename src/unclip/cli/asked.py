@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,11 @@ from unclip.models.decoder import Embedding
 from unclip.nets.layers import Cond
 from unclip.pipeline import UnCLIP
 
+REAL = "real renders"
+ON, OFF = "prior's z_i and caption", "prior's z_i only"
+TRUE, CAPTION = "encode and decode (true z_i)", "caption only"
+GLIDE = "GLIDE form (captions alone)"
+
 
 class Asked:
     """N captions of one chain, drawn ``batch_size`` at a time; caption i has the seed ``seed`` + i in every drawing."""
@@ -31,8 +37,9 @@ class Asked:
         for start in range(0, len(self.seeds), self.batch_size):
             yield list(range(start, min(start + self.batch_size, len(self.seeds))))
 
+    @cached_property
     def prior(self) -> Tensor:
-        """The prior's z_i (N, D)."""
+        """The prior's z_i (N, D), drawn once."""
         return torch.cat(
             [self.pipeline.sample_prior(self.text.rows(r), [self.seeds[i] for i in r]) for r in self.parts()]
         )
@@ -49,6 +56,19 @@ class Asked:
     def with_captions(self, z_i: Tensor) -> Cond:
         """These z_i and the captions."""
         return replace(self.text, image_emb=z_i)
+
+    def draw_ways(self, real: Sequence[np.ndarray] | None, other: UnCLIP | None = None) -> dict[str, list[np.ndarray]]:
+        """The chain with and without its caption path, from the z_i of ``real`` pictures of the captions, from the caption
+        alone, and by ``other``, a decoder of the GLIDE form: what there is of these, by title."""
+        z_i = self.prior
+        conds = {ON: self.with_captions(z_i), OFF: self.only(z_i)}
+        if real is not None:
+            conds[TRUE] = self.only(self.true(real))
+        conds[CAPTION] = self.text
+        if not self.pipeline.configs["decoder"].conditioning.reads_text:
+            conds = {title: cond for title, cond in conds.items() if title in (OFF, TRUE)}
+        drawn = {title: self.draw(title, cond) for title, cond in conds.items()}
+        return drawn if other is None else {**drawn, GLIDE: self.draw(GLIDE, self.text, other)}
 
     def draw(
         self, title: str, cond: Cond, pipeline: UnCLIP | None = None, how: Sampling | None = None

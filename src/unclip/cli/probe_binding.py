@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from unclip.cli.asked import Asked, artifacts_of, load_chain, with_captions_decoder
+from unclip.cli.asked import OFF, ON, REAL, TRUE, Asked, artifacts_of, load_chain, with_captions_decoder
 from unclip.data.shapes_exams import binding_scenes
 from unclip.data.shapes_render import render
 from unclip.data.shapes_scene import Scene
@@ -18,9 +18,6 @@ from unclip.evaluation.probes import Share, read_scenes
 from unclip.evaluation.sheet import draw_table
 from unclip.report.probe import Cell, Finding
 
-ON, OFF = "prior's z_i and caption", "prior's z_i only"
-TRUE, CAPTION = "encode and decode: the true picture's z_i", "caption only"
-GLIDE = "GLIDE form: a decoder of captions alone"
 SHOWN = 10  # scenes of the sheet, each with its exchange below it
 
 
@@ -36,16 +33,14 @@ def probe_binding(runs: Path, out: Path, *, text_decoder: Path | None, num: int,
     scenes = [scene for pair in binding_scenes()[:num] for scene in pair]
     asked = Asked(pipeline, [scene.caption for scene in scenes], seed, batch_size)
     real = [render(scene, max(pipeline.clip_size, pipeline.size)) for scene in scenes]
-    true, z_i = asked.true(real), asked.prior()
-    drawn = {ON: asked.draw(ON, asked.with_captions(z_i)), OFF: asked.draw(OFF, asked.only(z_i))}
-    drawn |= {TRUE: asked.draw(TRUE, asked.only(true)), CAPTION: asked.draw(CAPTION, asked.text)}
-    if other is not None:
-        drawn[GLIDE] = asked.draw(GLIDE, asked.text, other)
+    drawn = {REAL: real, **asked.draw_ways(real, other)}
     rows = {title: _judged(pictures, scenes) for title, pictures in drawn.items()}
     text_emb = asked.text.text_emb
     assert text_emb is not None
-    rows[TRUE]["z_i told from its exchange's"] = told_apart(true, text_emb)
-    rows[ON]["z_i told from its exchange's"] = rows[OFF]["z_i told from its exchange's"] = told_apart(z_i, true)
+    true, near = asked.true(real), "z_i told from its exchange's"
+    rows[TRUE][near] = told_apart(true, text_emb)
+    for title in rows.keys() & {ON, OFF}:
+        rows[title][near] = told_apart(asked.prior, true)
     facts = {
         "scenes": num,
         "seed": seed,
@@ -53,13 +48,12 @@ def probe_binding(runs: Path, out: Path, *, text_decoder: Path | None, num: int,
         | ({} if other is None else {"text_decoder": artifacts_of(other)["decoder"]}),
         "cosine of a scene's z_i and its exchange's": float(_cosines(true[::2], true[1::2]).mean()),
         "cosine of a caption's z_t and its exchange's": float(_cosines(text_emb[::2], text_emb[1::2]).mean()),
-        "the real pictures, read": {name: share.share for name, share in _shares(real, scenes).items()},
     }
     finding = Finding("binding", f"Binding: {2 * num} captions of two coloured shapes", rows, facts)
     step = max(1, num // SHOWN)
     shown = [2 * i + j for i in range(0, num, step) for j in range(2)]
-    lines = [(scenes[i].caption, [real[i], *(pictures[i] for pictures in drawn.values())]) for i in shown]
-    typer.echo(finding.write(out, draw_table(lines, ["the real picture", *drawn])))
+    lines = [(scenes[i].caption, [pictures[i] for pictures in drawn.values()]) for i in shown]
+    typer.echo(finding.write(out, draw_table(lines, list(drawn))))
     return finding
 
 

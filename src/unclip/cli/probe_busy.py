@@ -8,8 +8,7 @@ import torch
 import typer
 from torch import Tensor
 
-from unclip.cli.asked import Asked, artifacts_of, load_chain
-from unclip.cli.probe_binding import CAPTION, ON, TRUE
+from unclip.cli.asked import REAL, Asked, artifacts_of, load_chain
 from unclip.data.shapes_exams import MOST, busy_scenes
 from unclip.data.shapes_render import render
 from unclip.data.shapes_scene import Scene
@@ -20,7 +19,6 @@ from unclip.evaluation.features import PictureFeatures
 from unclip.evaluation.sheet import draw_table
 from unclip.report.probe import Cell, Finding
 
-REAL = "real renders"
 OTHERS = 777  # seed of the real pictures that all others are held against
 SMALLEST = 64  # pixels: the spectrum's octaves and the counted solids need them
 
@@ -38,12 +36,7 @@ def probe_busy(runs: Path, out: Path, *, num: int, seed: int, batch_size: int) -
     asked = Asked(pipeline, [scene.caption for scene in scenes], seed, batch_size)
     real = [render(scene, pipeline.size) for scene in scenes]
     others = _stack([render(scene, pipeline.size) for scene in busy_scenes(num, OTHERS)])
-    drawn = {
-        REAL: real,
-        ON: asked.draw(ON, asked.with_captions(asked.prior())),
-        TRUE: asked.draw(TRUE, asked.only(asked.true(real))),
-        CAPTION: asked.draw(CAPTION, asked.text),
-    }
+    drawn = {REAL: real, **asked.draw_ways(real)}
     rows = {title: _measured(pictures, scenes, others, features) for title, pictures in drawn.items()}
     facts = {"captions": num, "seed": seed, "size": pipeline.size, "base": pipeline.configs["decoder"].image_size}
     finding = Finding(

@@ -11,7 +11,7 @@ import typer
 from unclip import artifact
 from unclip.cli.asked import Asked, artifacts_of, load_chain, with_captions_decoder
 from unclip.cli.pictures import read_lines
-from unclip.cli.probe_binding import CAPTION, GLIDE, OFF, ON, SHOWN
+from unclip.cli.probe_binding import SHOWN
 from unclip.errors import ConfigError
 from unclip.evaluation.binding import both
 from unclip.evaluation.probes import Share
@@ -42,14 +42,7 @@ def probe_caption_pairs(
     pipeline = load_chain(runs)
     other = None if text_decoder is None else with_captions_decoder(runs, text_decoder)
     asked = Asked(pipeline, [caption for pair in pairs for caption in pair], seed, batch_size)
-    z_i = asked.prior()
-    drawn = {
-        ON: asked.draw(ON, asked.with_captions(z_i)),
-        OFF: asked.draw(OFF, asked.only(z_i)),
-        CAPTION: asked.draw(CAPTION, asked.text),
-    }
-    if other is not None:
-        drawn[GLIDE] = asked.draw(GLIDE, asked.text, other)
+    drawn = asked.draw_ways(None, other)
     rows, name = {}, f"own caption before the exchanged one, by {told}"
     for title, pictures in drawn.items():
         right = [

@@ -5,20 +5,17 @@ from pathlib import Path
 import numpy as np
 import typer
 
-from unclip.cli.asked import Asked, artifacts_of, load_chain, with_captions_decoder
-from unclip.cli.probe_binding import CAPTION, GLIDE, OFF, ON, TRUE
+from unclip.cli.asked import REAL, Asked, artifacts_of, load_chain, with_captions_decoder
 from unclip.data.shapes_exams import sign_scenes
 from unclip.data.shapes_render import render
-from unclip.data.shapes_scene import HELD_OUT_WORDS, WORDS, Scene
+from unclip.data.shapes_scene import HELD_OUT_WORDS, WORDS
 from unclip.errors import ConfigError
 from unclip.evaluation.ocr import WordReader, word_measures, word_share
 from unclip.evaluation.probes import Share
 from unclip.evaluation.sheet import draw_table
-from unclip.pipeline import UnCLIP
 from unclip.report.probe import Cell, Finding
 
-REAL = "real renders"
-LEAST_SIZE = 64  # pixels at which they are
+LEAST_SIZE = 48  # pixels at which they are
 LEAST = 0.95  # of real renders that must be read, or the probe says nothing about the chain
 SHOWN = 10  # rows of the sheet for each kind of words
 
@@ -37,7 +34,8 @@ def probe_words(runs: Path, out: Path, *, text_decoder: Path | None, num: int, s
         signs = [str(scene.sign) for scene in scenes]
         pictures = {REAL: [render(scene, pipeline.size) for scene in scenes]}
         _refuse_unreadable(word_share([reader(picture) for picture in pictures[REAL]], signs), pipeline.size)
-        pictures |= _drawn(pipeline, other, scenes, pictures[REAL], seed, batch_size)
+        asked = Asked(pipeline, [scene.caption for scene in scenes], seed, batch_size)
+        pictures |= asked.draw_ways(pictures[REAL], other)
         for title, some in pictures.items():
             measures = word_measures([reader(picture) for picture in some], signs)
             rows.setdefault(title, {}).update({f"{kind} {name}": cell for name, cell in measures.items()})
@@ -55,18 +53,3 @@ def _refuse_unreadable(ceiling: Share, size: int) -> None:
             f"only {ceiling.share:.0%} of real renders of {size} px can be read, fewer than {LEAST:.0%}, so that nothing can "
             f"be said of drawn ones; train a chain of {LEAST_SIZE} px or more"
         )
-
-
-def _drawn(
-    pipeline: UnCLIP, other: UnCLIP | None, scenes: list[Scene], real: list[np.ndarray], seed: int, batch_size: int
-) -> dict[str, list[np.ndarray]]:
-    asked = Asked(pipeline, [scene.caption for scene in scenes], seed, batch_size)
-    z_i = asked.prior()
-    conds = {
-        ON: asked.with_captions(z_i),
-        OFF: asked.only(z_i),
-        TRUE: asked.only(asked.true(real)),
-        CAPTION: asked.text,
-    }
-    found = {title: asked.draw(title, cond) for title, cond in conds.items()}
-    return found if other is None else {**found, GLIDE: asked.draw(GLIDE, asked.text, other)}

@@ -112,7 +112,7 @@ def sweep_captions(cfg: Sweep, subject: Subject) -> dict[str, Way]:
     if not asked.pipeline.configs["decoder"].conditioning.reads_text:
         raise ConfigError(f"the decoder of {cfg.runs} has no caption path (model.conditioning.text): nothing to sweep")
     subject.refuse_equal_neighbours()
-    z_i = asked.prior()
+    z_i = asked.prior
     others = asked.text.rows([*range(1, len(asked.captions)), 0])
     conds = {
         "caption path on": asked.with_captions(z_i),
@@ -129,7 +129,7 @@ def sweep_prior(cfg: Sweep, subject: Subject) -> dict[str, Way]:
     asked, z_t = subject.asked, subject.asked.text.text_emb
     assert z_t is not None
     true = subject.true()
-    rows = {"prior's z_i": asked.prior(), "z_t, zero-shot": z_t, "true z_i": true}
+    rows = {"prior's z_i": asked.prior, "z_t, zero-shot": z_t, "true z_i": true}
     found = {}
     for title, emb in rows.items():
         cosine = float(F.cosine_similarity(emb.cpu(), true.cpu(), dim=-1).mean())
@@ -149,7 +149,7 @@ def sweep_guidance(cfg: Sweep, subject: Subject) -> dict[str, Way]:
     ``pixels changed``: root of the mean squared difference to the first scale's pictures, of 255.
     """
     asked = subject.asked
-    chains = [("", asked.pipeline, asked.with_captions(asked.prior()))]
+    chains = [("", asked.pipeline, asked.with_captions(asked.prior))]
     if cfg.text_decoder is not None:
         chains.append(("GLIDE form", with_captions_decoder(cfg.runs, cfg.text_decoder), asked.text))
     found = {}
