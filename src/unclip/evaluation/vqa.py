@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from unclip.errors import ConfigError
 
@@ -57,10 +56,9 @@ class Questioner:
     def _yes(self, picture: np.ndarray, question: str) -> float:
         given = self.processor(images=Image.fromarray(picture), text=question, return_tensors="pt").to(self.device)
         if self.generates:
-            return float(torch.stack([self._log_likelihood(given, word) for word in ("yes", "no")]).softmax(0)[0])
+            how = {"max_new_tokens": 1, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+            first = self.model.generate(**given, **how).scores[0][0].float()
+            answers = self.processor.tokenizer.convert_tokens_to_ids(["yes", "no"])
+            return float(first[answers].softmax(0)[0])
         logits = self.model(**given).logits[0].float()
         return float(logits[[self.answers["yes"], self.answers["no"]]].softmax(0)[0])
-
-    def _log_likelihood(self, given: Any, answer: str) -> Tensor:
-        labels = self.processor.tokenizer(answer, return_tensors="pt").input_ids.to(self.device)
-        return -self.model(**given, labels=labels).loss.float().reshape(()) * labels.shape[1]
