@@ -30,17 +30,17 @@ def test_the_scenes_are_held_out_and_their_neighbours_differ_in_colours_only():
 
 
 def test_real_renders_are_right_and_exchanged_ones_are_told_as_exchanged():
-    scenes = [scene for pair in binding_scenes()[:16] for scene in pair]
+    scenes = [scene for pair in binding_scenes()[:8] for scene in pair]
     readings = read_scenes([render(scene, 64) for scene in scenes])
     truth = [scene.metadata() for scene in scenes]
     own = binding_shares(readings, truth)
-    assert (own["right"].hits, own["exchanged"].hits, own["same colours"].hits) == (32, 0, 32)
-    swapped = binding_shares(readings, [truth[i ^ 1] for i in range(32)])
-    assert (swapped["right"].hits, swapped["exchanged"].hits) == (0, 32)
-    assert (swapped["same colours"].hits, swapped["same shapes"].hits) == (32, 32)
-    nothing = binding_shares([Reading((), None, 1.0)] * 32, truth)
+    assert (own["right"].hits, own["exchanged"].hits, own["same colours"].hits) == (16, 0, 16)
+    swapped = binding_shares(readings, [truth[i ^ 1] for i in range(16)])
+    assert (swapped["right"].hits, swapped["exchanged"].hits) == (0, 16)
+    assert (swapped["same colours"].hits, swapped["same shapes"].hits) == (16, 16)
+    nothing = binding_shares([Reading((), None, 1.0)] * 16, truth)
     assert all(share.hits == 0 for share in nothing.values())
-    assert nothing["right"].total == 32
+    assert nothing["right"].total == 16
 
 
 def test_both_counts_neighbours_that_are_both_right():

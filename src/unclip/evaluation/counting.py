@@ -15,7 +15,7 @@ from numpy import fft
 from unclip.data.shapes_render import draw_sprite
 from unclip.data.shapes_solids import SHAPES
 from unclip.evaluation.probes import Share, read_scene
-from unclip.evaluation.scene_fit import GLOSS_LOSS, colour_of, signal
+from unclip.evaluation.scene_fit import GLOSS_LOSS, ONE_IS_ENOUGH, colour_of, signal
 
 SIDE = 64  # every picture is read at this size: the smallest solids are 14 pixels wide
 UNITS = (
@@ -88,7 +88,11 @@ def count_solids(picture: np.ndarray) -> Count:
         return Count(tuple((one.colour, one.shape) for one in few.objects), few.residual)
     plane = signal(picture, SIDE)
     plane = np.where(np.abs(plane) < _FAINT, 0, plane).astype(np.complex64)
-    best = min((_greedy(plane, unit) for unit in UNITS), key=lambda one: one.residual)
+    best = Count((), 1.0)
+    for unit in UNITS:
+        best = min(best, _greedy(plane, unit), key=lambda one: one.residual)
+        if best.residual < ONE_IS_ENOUGH:
+            break
     return best if best.residual <= _CLEAN else Count((), 1.0)
 
 
