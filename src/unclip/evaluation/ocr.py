@@ -54,12 +54,13 @@ def word_share(read: Sequence[Sequence[str]], asked: Sequence[str]) -> Share:
 def word_measures(read: Sequence[Sequence[str]], asked: Sequence[str]) -> dict[str, Share | float]:
     """``words``: pictures on which the very word is read. ``letters``: 1 - edit distance / letters asked for, of the nearest
     word read, at least 0, on average. ``anything``: pictures on which anything is read."""
+    words = word_share(read, asked)
     nearness = [
-        max((1 - edit_distance(seen, word) / len(word) for seen in words), default=0.0)
-        for words, word in zip(read, asked, strict=True)
+        max((1 - edit_distance(seen, word) / len(word) for seen in found), default=0.0)
+        for found, word in zip(read, asked, strict=True)
     ]
     return {
-        "words": word_share(read, asked),
+        "words": words,
         "letters": float(np.maximum(nearness, 0).mean()),
-        "anything": Share(sum(bool(words) for words in read), len(asked)),
+        "anything": Share(sum(bool(found) for found in read), len(asked)),
     }
