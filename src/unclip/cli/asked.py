@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -74,8 +75,9 @@ class Asked:
         self, title: str, cond: Cond, pipeline: UnCLIP | None = None, how: Sampling | None = None
     ) -> list[np.ndarray]:
         """N pictures (S, S, 3) uint8; ``pipeline``: another chain of the same CLIP, ``title`` stands by the progress bar."""
-        chain, found = pipeline or self.pipeline, []
-        for r in track(list(self.parts()), f"drawing {len(self.seeds)} pictures: {title}", transient=True):
+        chain, found, screen = pipeline or self.pipeline, [], Console(stderr=True)
+        told = f"drawing {len(self.seeds)} pictures: {title}"
+        for r in track(list(self.parts()), told, console=screen, transient=True, disable=not screen.is_terminal):
             pictures = chain.decode(cond.rows(r), [self.seeds[i] for i in r], how)
             found += list(pictures.permute(0, 2, 3, 1).numpy())
         return found
