@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,11 +77,11 @@ def _judge(folder: Path, runs: Path) -> tuple[Score, str]:
     """How well a picture goes with a caption, and who says so."""
     if (folder / "config.json").is_file():
         return Questioner(folder).agrees, f"VQA {folder.name}"
-    clip, manifest = artifact.load(folder, kind="clip")
+    model, manifest = artifact.load(folder, kind="clip")
     if manifest.hash == artifact.read_manifest(runs / "clip").hash:
         raise ConfigError(f"{folder} is the CLIP of {runs} itself, which would judge its own work; take another one")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clip = clip.to(device).eval()
+    clip: Any = model.to(device).eval()
 
     @torch.no_grad()
     def cosine(picture: np.ndarray, caption: str) -> float:

@@ -64,4 +64,5 @@ def sign_scenes(words: Sequence[str], num: int) -> list[Scene]:
 def busy_scenes(num: int, seed: int = _SEED) -> list[Scene]:
     """``num`` scenes of 1 to 8 solids, all numbers equally often, none with a held-out pair; another seed, other scenes."""
     rng = np.random.default_rng(seed)
-    return [draw_scene(rng, (1 + i % MOST,) * 2, 0.0, held_out=False) for i in range(num)]
+    counts = [1 + i % MOST for i in range(num)]
+    return [draw_scene(rng, (count, count), 0.0, held_out=False) for count in counts]
