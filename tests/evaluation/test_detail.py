@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from unclip.errors import DataError
-from unclip.evaluation.detail import OCTAVES, octave_powers, patch_kid, patches
+from unclip.evaluation.detail import OCTAVES, octave_powers, patch_features, patches
 from unclip.evaluation.features import PictureFeatures
+from unclip.evaluation.metrics import kid
 
 
 def noise(count: int, side: int, scale: float, seed: int = 0) -> torch.Tensor:
@@ -43,8 +44,10 @@ def test_a_spectrum_needs_square_pictures_large_enough():
             octave_powers(torch.zeros(shape, dtype=torch.uint8))
 
 
-def test_patch_kid_tells_blurred_patches_from_fresh_ones():
+def test_the_kid_of_patches_tells_blurred_patches_from_fresh_ones():
     features = PictureFeatures()
     real, same = noise(4, 64, 40.0), noise(4, 64, 40.0, seed=1)
+    reference = patch_features(real, features)
     soft = torch.nn.functional.avg_pool2d(same.float(), 3, 1, 1).byte()
-    assert patch_kid(soft, real, features)[0] > 10 * abs(patch_kid(same, real, features)[0])
+    distances = [kid(patch_features(pictures, features), reference)[0] for pictures in (soft, same)]
+    assert distances[0] > 10 * abs(distances[1])

@@ -14,8 +14,9 @@ from unclip.data.shapes_render import render
 from unclip.data.shapes_scene import Scene
 from unclip.errors import ConfigError
 from unclip.evaluation.counting import count_shares, count_solids
-from unclip.evaluation.detail import octave_powers, patch_kid
+from unclip.evaluation.detail import octave_powers, patch_features
 from unclip.evaluation.features import PictureFeatures
+from unclip.evaluation.metrics import kid
 from unclip.evaluation.sheet import draw_table
 from unclip.report.probe import Cell, Finding
 
@@ -27,7 +28,7 @@ def probe_busy(runs: Path, out: Path, *, num: int, seed: int, batch_size: int) -
     """``num`` captions of 1 to 8 solids; ``busy.json|md|png``: counts by number, patch-KID, power by octaves against real ones."""
     if num < 2 * MOST:
         raise ConfigError(f"--num {num} is too few: give each number of objects, 1 to {MOST}, two pictures at least")
-    features, pipeline = PictureFeatures(), load_chain(runs)
+    pipeline = load_chain(runs)
     if pipeline.size < SMALLEST:
         raise ConfigError(
             f"pictures of {pipeline.size} px hold no eight objects: this probe needs a chain of {SMALLEST} px"
@@ -37,7 +38,8 @@ def probe_busy(runs: Path, out: Path, *, num: int, seed: int, batch_size: int) -
     real = [render(scene, pipeline.size) for scene in scenes]
     others = _stack([render(scene, pipeline.size) for scene in busy_scenes(num, OTHERS)])
     drawn = {REAL: real, **asked.draw_ways(real)}
-    rows = {title: _measured(pictures, scenes, others, features) for title, pictures in drawn.items()}
+    detail = Detail(others, PictureFeatures())
+    rows = {title: {**_counted(pictures, scenes), **detail(pictures)} for title, pictures in drawn.items()}
     facts = {"captions": num, "seed": seed, "size": pipeline.size, "base": pipeline.configs["decoder"].image_size}
     finding = Finding(
         "busy",
@@ -50,15 +52,22 @@ def probe_busy(runs: Path, out: Path, *, num: int, seed: int, batch_size: int) -
     return finding
 
 
-def _measured(
-    pictures: Sequence[np.ndarray], scenes: Sequence[Scene], others: Tensor, features: PictureFeatures
-) -> dict[str, Cell]:
-    counts = count_shares([count_solids(picture) for picture in pictures], [scene.metadata() for scene in scenes])
-    value, error = patch_kid(_stack(pictures), others, features)
-    powers = octave_powers(_stack(pictures)) / octave_powers(others)
-    by_octave = {f"power, octave {i + 1 - len(powers)}": float(power) for i, power in enumerate(powers)}
-    named = {f"count of {name}" if name.isdecimal() else f"{name}": share for name, share in counts.items()}
-    return {**named, "patch-KID": value, "its error": error, **by_octave}
+class Detail:
+    """Patches and spectrum of drawn pictures, held against those of ``real`` uint8 pictures (N, 3, S, S)."""
+
+    def __init__(self, real: Tensor, features: PictureFeatures) -> None:
+        self.features, self._patches, self._powers = features, patch_features(real, features), octave_powers(real)
+
+    def __call__(self, pictures: Sequence[np.ndarray]) -> dict[str, Cell]:
+        value, error = kid(patch_features(_stack(pictures), self.features), self._patches)
+        powers = octave_powers(_stack(pictures)) / self._powers
+        by_octave = {f"power, octave {i + 1 - len(powers)}": float(power) for i, power in enumerate(powers)}
+        return {"patch-KID": value, "its error": error, **by_octave}
+
+
+def _counted(pictures: Sequence[np.ndarray], scenes: Sequence[Scene]) -> dict[str, Cell]:
+    shares = count_shares([count_solids(picture) for picture in pictures], [scene.metadata() for scene in scenes])
+    return {f"count of {name}" if name.isdecimal() else name: share for name, share in shares.items()}
 
 
 def _stack(pictures: Sequence[np.ndarray]) -> Tensor:

@@ -174,16 +174,18 @@ def _guided(chain: UnCLIP, scale: float) -> Sampling:
 def sweep_eta(cfg: Sweep, subject: Subject) -> dict[str, Way]:
     """Variations of the pictures from z_i and inverted x_T by DDIM: η = 0 reconstructs, 1 varies most (paper §3.1).
 
-    ``PSNR``: of the decoder's pictures to the real ones, in dB. ``pixels changed``: between two seeds, of 255.
+    ``PSNR``: to the real pictures, in dB. ``pixels changed``: between two seeds, of 255, in the decoder's own pictures:
+    upsamplers add noise of theirs whatever η is.
     """
     true, found = torch.from_numpy(np.stack(subject.real)), {}
     with bar_of(silent=True) as progress:
-        inverted = _Inverted(subject, 2 * len(cfg.numbers), progress)
+        inverted = _Inverted(subject, 3 * len(cfg.numbers), progress)
         for eta in cfg.numbers:
             jobs = [variation_jobs(inverted.latents, None, 1, cfg.seed + j, eta) for j in range(2)]
-            one, other = (inverted.run(some, eta) for some in jobs)
-            measures: dict[str, Cell] = {"PSNR": psnr(true, [torch.from_numpy(picture) for picture in one])}
-            found[f"η = {eta:g}"] = Way(one, {**measures, "pixels changed": _rms(one, other)}, Point("", eta))
+            drawn = inverted.run(jobs[0], eta)
+            changed = _rms(*(inverted.run(some, eta, last="decoder") for some in jobs))
+            measures: dict[str, Cell] = {"PSNR": psnr(true, [torch.from_numpy(picture) for picture in drawn])}
+            found[f"η = {eta:g}"] = Way(drawn, {**measures, "pixels changed": changed}, Point("", eta))
     return found
 
 
@@ -213,11 +215,12 @@ class _Inverted:
         self.batches = Batches(subject.asked.batch_size, Meter(progress, total))
         self.latents = find_latents(self.chain, subject.large, None, how, self.batches, invert=True)
 
-    def how(self, eta: float) -> Sampling:
-        return invertible(self.chain, Sampling(decoder=ddim_sampling(DDIM_STEPS)), eta)
+    def how(self, eta: float, last: str | None = None) -> Sampling:
+        return invertible(self.chain, Sampling(decoder=ddim_sampling(DDIM_STEPS), last=last), eta)
 
-    def run(self, jobs: Sequence[Job], eta: float = 0.0) -> list[np.ndarray]:
-        drawn = self.chain.run(jobs, self.how(eta), self.batches)
+    def run(self, jobs: Sequence[Job], eta: float = 0.0, last: str | None = None) -> list[np.ndarray]:
+        """The pictures of jobs; ``last``: the stage to stop after."""
+        drawn = self.chain.run(jobs, self.how(eta, last), self.batches)
         return [picture.image.permute(1, 2, 0).numpy() for picture in drawn]
 
 

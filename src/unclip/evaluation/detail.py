@@ -7,7 +7,6 @@ from torch import Tensor
 
 from unclip.errors import DataError
 from unclip.evaluation.features import PictureFeatures
-from unclip.evaluation.metrics import kid
 
 PATCH = 32  # pixels
 OCTAVES = 4
@@ -21,10 +20,10 @@ def patches(pictures: Tensor, side: int = PATCH) -> Tensor:
     return cut.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).contiguous()
 
 
-def patch_kid(drawn: Tensor, real: Tensor, features: PictureFeatures, side: int = PATCH) -> tuple[float, float]:
-    """KID x 1000 of patches of uint8 pictures (N, 3, H, W) against real ones, and its error: what is wrong with the detail,
-    wherever it stands."""
-    return kid(features(patches(drawn, side)), features(patches(real, side)))
+def patch_features(pictures: Tensor, features: PictureFeatures, side: int = PATCH) -> Tensor:
+    """Features of all patches of uint8 pictures (N, 3, H, W); their KID tells what is wrong with the detail, wherever
+    it stands."""
+    return features(patches(pictures, side))
 
 
 def octave_powers(pictures: Tensor) -> Tensor:
