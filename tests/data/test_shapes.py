@@ -14,7 +14,18 @@ from PIL import Image
 from unclip.data import shapes
 from unclip.data.shapes import is_held_out, render, verdict_scenes, write_shapes
 from unclip.data.shapes_caption import INVERSE, RELATIONS
-from unclip.data.shapes_scene import COLOURS, HELD_OUT, PALETTE, SOLIDS, WORDS, Scene, Solid, draw_family, draw_scene
+from unclip.data.shapes_scene import (
+    COLOURS,
+    HELD_OUT,
+    HELD_OUT_WORDS,
+    PALETTE,
+    SOLIDS,
+    WORDS,
+    Scene,
+    Solid,
+    draw_family,
+    draw_scene,
+)
 from unclip.data.shapes_solids import SHAPES, extent, shade
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError
@@ -224,8 +235,11 @@ def test_the_scene_does_not_depend_on_the_size():
 
 
 def test_signs_are_drawn_and_told():
-    drawn = scenes(120, signs=1.0)
+    drawn = scenes(400, signs=1.0)
     assert {scene.sign for scene in drawn} == set(WORDS)
+    assert {scene.sign for scene in scenes(200, signs=1.0, held_out=True)} == set(HELD_OUT_WORDS)
+    families = [scene for i in range(40) for scene in draw_family(np.random.default_rng(i), (1, 2), 1.0)]
+    assert {scene.sign for scene in families} == set(WORDS)
     for scene in drawn:
         assert scene.sign is not None
         assert scene.sign in scene.caption.split()

@@ -13,7 +13,7 @@ from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.diffusion.settings import DiffusionConfig, Predict
 from unclip.errors import ConfigError
-from unclip.models.decoder import Decoder, DecoderConfig, EmbeddingNorm, guided_context
+from unclip.models.decoder import Decoder, DecoderConfig, Embedding, EmbeddingNorm, guided_context
 from unclip.models.interface import Interface
 from unclip.models.sampling import DiffusionSampling
 from unclip.nets.conditioned import ConditioningConfig, DecoderText, NullText
@@ -105,6 +105,18 @@ def test_the_default_form_is_the_papers():
     assert cfg.diffusion.predict is Predict.eps
     terms = make().losses(make_batch(), Noise([1, 2, 3, 4]))
     assert set(terms) == {"mse", "vlb"}
+
+
+def test_a_decoder_may_be_trained_on_z_t_in_place_of_z_i():
+    model, batch = make(embedding=Embedding.text), make_batch()
+    assert set(model.cfg.columns) == {"image", "text_emb", "tokens"}
+    without = replace(batch, image_emb=None)
+    noise = Noise.at(3, batch.position)
+    on_text = model.losses(without, noise)["mse"]
+    assert_close(on_text, make().losses(replace(batch, image_emb=batch.text_emb), noise)["mse"])
+    assert not torch.equal(on_text, make().losses(batch, noise)["mse"])
+    with pytest.raises(ValueError, match="embedding=text puts z_t in z_i's place, which image=false leaves out"):
+        make(embedding=Embedding.text, conditioning=replace(TEXT, image=False))
 
 
 class Recorder(torch.nn.Module):

@@ -13,6 +13,7 @@ from unclip.cli.exports import export_diffusers, export_onnx, export_open_clip
 from unclip.cli.hub import pull, push, runs_folder
 from unclip.cli.karlo import import_karlo
 from unclip.cli.latents import edit_verdict, pca_probe, reconstruct, typographic_probe
+from unclip.cli.probing import binding_probe, busy_probe, sweep_probe, words_probe
 from unclip.errors import ConfigError, told_to_the_user
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -25,6 +26,8 @@ app.add_typer(exports, name="export")
 for command in (generate, vary, interpolate, edit, mix, inpaint, repeat):
     app.command()(command)
 for command in (reconstruct, edit_verdict, pca_probe, typographic_probe):
+    app.command()(command)
+for command in (binding_probe, words_probe, busy_probe, sweep_probe):
     app.command()(command)
 imports.command("embeddings")(import_embeddings)
 imports.command("karlo")(import_karlo)

@@ -12,6 +12,7 @@ import typer
 
 from unclip.batches import Batches, Meter
 from unclip.cli.pictures import bar_of, ddim_sampling, parse_numbers
+from unclip.data.shapes_caption import plain_phrase
 from unclip.data.shapes_render import render
 from unclip.data.shapes_scene import COLOURS, SOLIDS, Solid, single_scene
 from unclip.errors import ConfigError
@@ -35,15 +36,11 @@ class Case:
 
     @property
     def caption(self) -> str:
-        return phrase(self.solid.colour, self.solid.shape)
+        return plain_phrase(self.solid.colour, self.solid.shape)
 
     @property
     def wanted(self) -> str:
-        return phrase(self.colour, self.solid.shape)
-
-
-def phrase(colour: str, shape: str) -> str:
-    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
+        return plain_phrase(self.colour, self.solid.shape)
 
 
 def cases(num: int, side: int) -> list[Case]:

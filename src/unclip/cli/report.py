@@ -13,6 +13,7 @@ from unclip.cli.verdict import COLUMNS
 from unclip.errors import ConfigError
 from unclip.report.curves import draw_curves
 from unclip.report.page import heading, picture, read_json, read_rows, table, write_page
+from unclip.report.probe import measures_of, said
 from unclip.report.run import is_run, write_run_report
 
 CURVES = ("contrastive", "mse", "vlb")
@@ -51,6 +52,7 @@ def write_report(runs: Path, record: dict[str, float]) -> None:
             _verdict_table(verdict),
             picture(runs / "verdict" / "verdict.png", "Fixed captions; one picture each"),
         ]
+    parts += [part for path in sorted(runs.glob("probes/*.json")) for part in _probe(path)]
     parts += [picture(path, path.stem) for path in sorted(runs.glob("*.png"))]
     parts += [picture(path, "Generated pictures") for path in sorted(runs.glob("pictures/sheet.png"))]
     for stage in stages:
@@ -92,6 +94,15 @@ def _stage_table(stages: dict[str, dict[str, Any]]) -> list[str]:
         )
         rows.append((name, row["step"], row["samples"], f"{row.get('seconds', 0):.0f}", metrics))
     return [heading("Stages"), table(("stage", "steps", "samples", "seconds", "validation"), rows)]
+
+
+def _probe(path: Path) -> list[str]:
+    """The table and the sheet of a probe's finding."""
+    found = read_json(path)
+    names = measures_of(found["rows"])
+    rows = [(title, *(said(row.get(name)) for name in names)) for title, row in found["rows"].items()]
+    pictures = [picture(path.with_name(f"{path.stem}{end}.png"), found["title"]) for end in ("-curves", "")]
+    return [heading(found["title"]), table(("", *names), rows), *pictures]
 
 
 def _verdict_table(verdict: dict[str, dict[str, float]]) -> str:

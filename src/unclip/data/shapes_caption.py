@@ -52,6 +52,11 @@ def noun_phrase(rng: np.random.Generator, size: str, colour: str, shape: str) ->
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
+def plain_phrase(colour: str, shape: str) -> str:
+    """'a red cube', 'an orange ring': without a size, the same every time."""
+    return f"{'an' if colour[0] in 'aeiou' else 'a'} {colour} {shape}"
+
+
 def say_single(rng: np.random.Generator, phrase: str) -> str:
     return _pick(rng, _SINGLE).format(a=phrase)
 

@@ -27,7 +27,11 @@ PALETTE: dict[str, tuple[int, int, int]] = {
 }
 COLOURS: tuple[str, ...] = tuple(PALETTE)
 SIZES: dict[str, tuple[float, float]] = {"small": (0.29, 0.33), "large": (0.42, 0.46)}  # units, in sides of the picture
-WORDS: tuple[str, ...] = ("stop", "go", "open", "exit", "sale", "hello", "yes", "no", "taxi", "cafe", "zoo", "wow")
+_TOLD = """stop go open exit sale hello yes no taxi cafe zoo wow bus menu hot new tea bar gym shop east west north soup
+    cake rice milk pizza hotel bank farm park lake road town beach music film work rest left join king queen jazz vote fix club"""
+_KEPT_BACK = "wait slow help push pull free fish salad bread train south juice lemon river house ticket"
+WORDS: tuple[str, ...] = tuple(_TOLD.split())  # on training signs
+HELD_OUT_WORDS: tuple[str, ...] = tuple(_KEPT_BACK.split())  # never on one, though each of their letters is
 
 FAMILY = 8  # neighbouring training scenes that are easily confused
 _SINGLE_SHARE = 1 / 3  # of the scenes with one or two objects
@@ -218,13 +222,14 @@ def single_scene(rng: np.random.Generator, solid: Solid) -> Scene:
     return Scene(objects, None, _backdrop(rng), None, caption)
 
 
-def _pair_scene(rng: np.random.Generator, a: Solid, relation: str, b: Solid) -> Scene:
+def pair_scene(rng: np.random.Generator, a: Solid, relation: str, b: Solid) -> Scene:
+    """`a` stands in `relation` to `b`, and the caption begins with `a`."""
     objects = _place_pair(rng, a, relation, b)
     first, second = (noun_phrase(rng, p.size, p.solid.colour, p.solid.shape) for p in objects)
     return Scene(objects, relation, _backdrop(rng), None, say_pair(rng, first, relation, second))
 
 
-def _many_scene(rng: np.random.Generator, count: int, pair: tuple[Solid, Solid] | None) -> Scene:
+def many_scene(rng: np.random.Generator, count: int, pair: tuple[Solid, Solid] | None) -> Scene:
     """`count` solids of one to three kinds; the held-out `pair` is among them, or without one, no two are held out."""
     while True:
         kinds = list(pair) if pair else [_any_solid(rng) for _ in range(int(rng.integers(1, min(count, 3) + 1)))]
@@ -235,8 +240,12 @@ def _many_scene(rng: np.random.Generator, count: int, pair: tuple[Solid, Solid] 
     return Scene(_place_many(rng, solids), None, _backdrop(rng), None, say_many(rng, groups))
 
 
-def _with_sign(rng: np.random.Generator, scene: Scene) -> Scene:
-    word = WORDS[int(rng.integers(len(WORDS)))]
+def _with_sign(rng: np.random.Generator, scene: Scene, words: Sequence[str] = WORDS) -> Scene:
+    return with_word(rng, scene, words[int(rng.integers(len(words)))])
+
+
+def with_word(rng: np.random.Generator, scene: Scene, word: str) -> Scene:
+    """The scene made smaller, below a sign that says ``word``; the caption tells it."""
     objects = tuple(_below_sign(p) for p in scene.objects)
     return Scene(objects, scene.relation, scene.backdrop, word, say_sign(rng, scene.caption, word))
 
@@ -251,7 +260,8 @@ def draw_scene(rng: np.random.Generator, objects: tuple[int, int], signs: float,
     """One random scene of `objects[0]` to `objects[1]` solids (within 1 to 8), with a sign in a share `signs` of
     scenes.
 
-    With `held_out`, every scene that can hold a pair holds a held-out one; without, none does.
+    With `held_out`, every scene that can hold a pair holds a held-out one, and every sign a held-out word; without, none
+    does.
     """
     low, high = max(objects[0], min(objects[1], 2)) if held_out else objects[0], objects[1]
     count = _draw_count(rng, low, high)
@@ -260,10 +270,10 @@ def draw_scene(rng: np.random.Generator, objects: tuple[int, int], signs: float,
         scene = single_scene(rng, _any_solid(rng))
     elif count == 2:
         a, b = pick(rng)
-        scene = _pair_scene(rng, a, RELATIONS[int(rng.integers(len(RELATIONS)))], b)
+        scene = pair_scene(rng, a, RELATIONS[int(rng.integers(len(RELATIONS)))], b)
     else:
-        scene = _many_scene(rng, count, pick(rng) if held_out else None)
-    return _with_sign(rng, scene) if rng.random() < signs else scene
+        scene = many_scene(rng, count, pick(rng) if held_out else None)
+    return _with_sign(rng, scene, HELD_OUT_WORDS if held_out else WORDS) if rng.random() < signs else scene
 
 
 def draw_family(rng: np.random.Generator, objects: tuple[int, int], signs: float) -> list[Scene]:
@@ -283,7 +293,7 @@ def draw_family(rng: np.random.Generator, objects: tuple[int, int], signs: float
         pairs = ((a, b), _confusable(rng, a, b))
         scenes = [_told_either_way(rng, *pair, relation) for pair, relation in itertools.product(pairs, RELATIONS)]
     else:
-        scenes = [_many_scene(rng, count, None) for _ in range(FAMILY)]
+        scenes = [many_scene(rng, count, None) for _ in range(FAMILY)]
     return [_with_sign(rng, scene) if rng.random() < signs else scene for scene in scenes]
 
 
@@ -296,7 +306,7 @@ def _confusable(rng: np.random.Generator, a: Solid, b: Solid) -> tuple[Solid, So
 
 def _told_either_way(rng: np.random.Generator, a: Solid, b: Solid, relation: str) -> Scene:
     """`a` stands in `relation` to `b`; the caption begins with either of them."""
-    return _pair_scene(rng, a, relation, b) if rng.random() < 0.5 else _pair_scene(rng, b, INVERSE[relation], a)
+    return pair_scene(rng, a, relation, b) if rng.random() < 0.5 else pair_scene(rng, b, INVERSE[relation], a)
 
 
 @cache
@@ -314,5 +324,5 @@ def verdict_scenes() -> tuple[Scene, ...]:
         relation = RELATIONS[len(asked) % len(RELATIONS)]
         if len(asked) < 192 and (a, relation, b) not in asked:
             asked.add((a, relation, b))
-            scenes.append(_pair_scene(rng, a, relation, b))
+            scenes.append(pair_scene(rng, a, relation, b))
     return tuple(scenes)

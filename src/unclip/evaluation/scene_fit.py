@@ -28,7 +28,7 @@ _FAINT = 0.18  # of a solid's chroma: what is less counts as noise
 _COLOURED = 0.40  # of a solid's chroma: the edges of what is coloured
 _FEWEST, _MOST = 16, 614  # coloured pixels: half of the smallest ring's, and more than two of the largest cubes'
 _STEEPEST = 24  # differences that tell the sharpness
-_GLOSS_LOSS = 1.3  # chroma lost per white gloss, by clipping at 255: the mean over the palette
+GLOSS_LOSS = 1.3  # chroma lost per white gloss, by clipping at 255: the mean over the palette
 _MOST_NOISE = 0.02  # squared length per pixel: more than that is no noise to forgive
 _SMALLEST, _LARGEST = round(0.24 * SIDE / STEP), round(0.54 * SIDE / STEP)  # units that solids may have
 _PAD = 64  # transforms are this wide, so that correlations do not wrap around
@@ -104,12 +104,12 @@ def _without_cast(raw: np.ndarray) -> np.ndarray:
     return raw - tint[:, None] * (1 - np.minimum(share, 1))
 
 
-def signal(picture: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 to (32, 32) complex64: about 1 in length within solids, 0 elsewhere, the palette's hues at even
+def signal(picture: np.ndarray, side: int = SIDE) -> np.ndarray:
+    """(H, W, 3) uint8 to (side, side) complex64: about 1 in length within solids, 0 elsewhere, the palette's hues at even
     angles.
     """
-    larger = min(picture.shape[:2]) >= SIDE
-    small = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BOX if larger else Image.Resampling.BICUBIC)
+    larger = min(picture.shape[:2]) >= side
+    small = Image.fromarray(picture).resize((side, side), Image.Resampling.BOX if larger else Image.Resampling.BICUBIC)
     angles, lengths, even, _ = _wheel()
     chroma = _without_cast(_chroma(np.asarray(small)))
     hue = np.angle(chroma) % (2 * np.pi)
@@ -132,7 +132,7 @@ def sharpness(plane: np.ndarray) -> float:
 @lru_cache(maxsize=1 << 15)
 def _sprite(shape: str, scale: int, x: int, y: int) -> tuple[np.ndarray, np.ndarray, int, int]:
     planes, left, top = draw_sprite(shape, scale * STEP, x * STEP, y * STEP)
-    return planes[..., 0], np.maximum(planes[..., 1] - _GLOSS_LOSS * planes[..., 2], 0), left, top
+    return planes[..., 0], np.maximum(planes[..., 1] - GLOSS_LOSS * planes[..., 2], 0), left, top
 
 
 @dataclass(frozen=True)

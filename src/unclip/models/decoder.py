@@ -31,12 +31,20 @@ class EmbeddingNorm(Enum):
     raw = "raw"
 
 
+class Embedding(Enum):
+    """Which of CLIP's embeddings stands in z_i's place in training: the picture's, or the caption's (the paper's ablation)."""
+
+    image = "image"
+    text = "text"
+
+
 @dataclass
 class DecoderConfig(ModelConfig):
     """A diffusion model of ``image_size`` pixels. The paper drops z_i 10 %, the caption 50 % of the time.
 
     ``embedding_norm`` unit: z_i and z_t enter the net at unit norm × ``embedding_scale``, whose default is √d, so that
     each number has a variance of about one. With raw the default scale is 1.
+    ``embedding`` text trains on z_t in place of z_i; such a decoder draws after a prior that hands z_t on (model=identity).
     """
 
     image_size: int = 64
@@ -50,8 +58,13 @@ class DecoderConfig(ModelConfig):
     drop_text: float = 0.5
     embedding_norm: EmbeddingNorm = EmbeddingNorm.unit
     embedding_scale: float | None = None
+    embedding: Embedding = Embedding.image
 
     def __post_init__(self) -> None:
+        if self.embedding is Embedding.text and not self.conditioning.image:
+            raise ValueError(
+                "embedding=text puts z_t in z_i's place, which image=false leaves out: set one of them only"
+            )
         if not self.net.attention_levels:
             raise ValueError("the decoder reads its context by attention: set net.attention_levels, for example [1, 2]")
         if self.diffusion.self_conditioning:
@@ -67,8 +80,8 @@ class DecoderConfig(ModelConfig):
         conditioning = self.conditioning
         return (
             "image",
-            *(("image_emb",) if conditioning.image else ()),
-            *(("text_emb",) if conditioning.text_emb else ()),
+            *(("image_emb",) if conditioning.image and self.embedding is Embedding.image else ()),
+            *(("text_emb",) if conditioning.text_emb or self.embedding is Embedding.text else ()),
             *(("tokens",) if conditioning.text is not DecoderText.none else ()),
             *(("text_seq",) if conditioning.text is DecoderText.clip_states else ()),
         )
@@ -108,7 +121,8 @@ class Decoder(nn.Module):
 
     def cond(self, batch: Batch) -> Cond:
         """The batch's conditions, CLIP's raw outputs as they are; columns that the batch lacks are None."""
-        return replace(text_side(batch), image_emb=batch.image_emb)
+        own = batch.text_emb if self.cfg.embedding is Embedding.text else batch.image_emb
+        return replace(text_side(batch), image_emb=own)
 
     def prepare(self, cond: Cond, keep: Keep) -> UNetContext:
         """The net's context of a condition as CLIP makes it, its embeddings raw."""
