@@ -1,12 +1,13 @@
 """The comparison with dalle2-pytorch's quality at its smallest, and its arithmetic with known answers. No test reads a time."""
 
 import importlib
-import importlib.util
+import io
 import json
 import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from tiny_chain import random_weights
 
+from unclip import artifact
+from unclip.config import to_plain
+from unclip.data.embed import EmbedConfig, embed
+from unclip.data.shards import ShardWriter
 from unclip.evaluation.metrics import kid, retrieval
+from unclip.models.clip import CLIP, CLIPConfig
 
 BENCH = Path(__file__).resolve().parents[1] / "scripts" / "bench"
 PEER = BENCH.parents[1] / ".venv-peer" / "bin" / "python"
@@ -90,7 +98,7 @@ def test_the_peers_best_sampler_counts(pieces: ModuleType):
     ]
     points.append(point(pieces, 2, {"cosine": 0.9, "recall_1": 0.9}))
     assert pieces.final(points) == (40.0, {"cosine": 0.4, "recall_1": 0.2})
-    assert pieces.final(curve(pieces, "kid", 9.0) + [point(pieces, 1, {"kid": 7.0}, steps=250)])[1] == {"kid": 7.0}
+    assert pieces.final([*curve(pieces, "kid", 9.0), point(pieces, 1, {"kid": 7.0}, steps=250)])[1] == {"kid": 7.0}
 
 
 def test_the_interval_covers_seeds_and_samples(pieces: ModuleType):
@@ -329,3 +337,48 @@ def test_useless_arguments_are_refused(
     with pytest.raises(SystemExit):
         bench.arguments()
     assert message in capsys.readouterr().err
+
+
+def embedded(root: Path) -> Any:
+    """``root``/data, embedded by a tiny CLIP at ``root``/clip into ``root``/embeddings; the CLIP."""
+    for number, (split, count) in enumerate({"train": 5, "val": 3, "test": 2, "test_styles": 2}.items()):
+        with ShardWriter(root / "data" / split) as writer:
+            for i in range(count):
+                buffer = io.BytesIO()
+                Image.new("RGB", (64, 64), (10 * number + i, 0, 0)).save(buffer, "PNG")
+                writer.write(f"{i:04d}", buffer.getvalue(), " ".join([split.replace("_", " ")] * (i + 1)), {})
+    clip = random_weights(CLIP(CLIPConfig(image_size=16, vision_width=32, vision_heads=2, text_width=32, text_heads=2)))
+    artifact.save(
+        root / "clip", clip, artifact.Manifest("clip", "clip", to_plain(clip.cfg), to_plain(clip.interface()))
+    )
+    embed(EmbedConfig(run=str(root / "embeddings"), clip=str(root / "clip"), data=str(root / "data")))
+    return clip
+
+
+def test_arrays_hold_the_data_the_embeddings_and_the_captions_states(bench: ModuleType, tmp_path: Path):
+    clip, make = embedded(tmp_path), bench.quality_arrays.from_data
+    with pytest.raises(SystemExit, match="hold no text_seq: give the CLIP that made them, as --clip"):
+        make(tmp_path / "data", tmp_path / "embeddings", None, tmp_path / "arrays")
+    places = tmp_path / "data", tmp_path / "embeddings", tmp_path / "clip", tmp_path / "arrays"
+    facts = make(*places)
+    assert (facts["train"], facts["evaluated"], facts["size"]) == (5, 7, 32)
+    captions = json.loads((tmp_path / "arrays" / "eval" / "captions.json").read_text())
+    read = {path.stem: np.load(path) for path in (tmp_path / "arrays" / "eval").glob("*.npy")}
+    assert captions[:4] == ["val", "val val", "val val val", "test"]
+    assert read["image"].shape == (7, 3, 32, 32)
+    assert read["image"][:, 0, 0, 0].tolist() == [10, 11, 12, 20, 21, 30, 31]
+    text_emb, states = clip.encode_text(clip.tokenize(captions))
+    np.testing.assert_allclose(read["text_emb"], text_emb.detach().numpy(), atol=1e-4)
+    length = read["tokens"].argmax(1) + 1
+    for row, real in enumerate(length.tolist()):
+        expected = states[row, :real].detach().numpy()
+        np.testing.assert_allclose(read["text_seq"][row, :real].astype(np.float32), expected, atol=1e-2)
+        assert not read["text_seq"][row, real:].any()
+    (tmp_path / "arrays" / "eval" / "image.npy").unlink()
+    assert make(*places) == facts
+    assert not (tmp_path / "arrays" / "eval" / "image.npy").exists(), "the same source is not written again"
+    other = random_weights(CLIP(replace(clip.cfg, text_layers=1)))
+    manifest = artifact.Manifest("clip", "clip", to_plain(other.cfg), to_plain(other.interface()))
+    artifact.save(tmp_path / "other", other, manifest)
+    with pytest.raises(SystemExit, match=r"other is CLIP .* but the embeddings are of CLIP .*; give that one"):
+        make(tmp_path / "data", tmp_path / "embeddings", tmp_path / "other", tmp_path / "arrays 2")
