@@ -92,17 +92,19 @@ def plans(smoke: bool, minutes: float | None) -> list[Plan]:
         "prior": {"parameters": 3_000_000, "width": 232, "depth": 4, "heads": 4, "peer_head_dim": 64, "batch": 128},
         "decoder": {
             "parameters": 4_000_000,
-            "channels": [48, 96, 128, 192],
+            "channels": [48, 64, 96, 96],
             "attention_levels": [1, 2],
             "head_dim": 32,
-            "peer_mults": [1, 2, 4, 8],
+            "peer_dim": 16,
+            "peer_mults": [1, 2, 4, 7],  # the README's end with 8: 4.37 million parameters
             "batch": 48,
         },
     }
     budgets = {"prior": 5.0, "decoder": 20.0}
     if smoke:
-        shapes["prior"] |= {"parameters": 40_000, "width": 32, "depth": 2, "heads": 2, "peer_head_dim": 8, "batch": 16}
-        shapes["decoder"] |= {"channels": [16, 32], "attention_levels": [1], "peer_mults": [1, 2], "batch": 8}
+        shapes["prior"] |= {"parameters": 32_000, "width": 32, "depth": 2, "heads": 2, "peer_head_dim": 8, "batch": 16}
+        shapes["decoder"] |= {"parameters": 264_000, "channels": [16, 32], "attention_levels": [1], "batch": 8}
+        shapes["decoder"] |= {"peer_dim": 8, "peer_mults": [1, 2]}
         budgets = dict.fromkeys(budgets, 0.4 / 60)
     rates: dict[str, dict[str, Rates]] = {
         "prior": {OURS: (1.7e-4, 5e-4, 1.5e-3), THEIRS: (1e-4, 3e-4, 9e-4)},

@@ -16,7 +16,6 @@ from quality_worker import Rows
 from torch import Tensor, nn
 
 TRAINER = {"wd": 1e-2, "ema_beta": 0.99, "ema_update_after_step": 1000, "ema_update_every": 10}  # README
-GROUP = 8  # of its group norms
 
 
 def states(rows: Rows, chosen: np.ndarray, width: int) -> Tensor:
@@ -120,26 +119,23 @@ class PeerPrior:
 
 
 class PeerDecoder:
-    """The widest U-Net that has not too many parameters, then a context as wide as the rest of them needs."""
+    """Its README's U-Net with fewer channels, as the shape says; the context is as wide as the parameters allow."""
 
     def build(self, facts: dict[str, Any], shape: dict[str, Any]) -> nn.Module:
-        self.facts, wanted = facts, shape["parameters"]
+        self.facts, width = facts, shape["peer_dim"]
 
-        def parameters(width: int, context: int) -> int:
+        def parameters(context: int) -> int:
             with torch.device("meta"):
-                return sum(p.numel() for p in self._unet(shape, width, context).parameters())
+                return sum(p.numel() for p in self._unet(shape, context).parameters())
 
-        width = GROUP
-        while parameters(width + GROUP, width + GROUP) <= wanted:
-            width += GROUP
-        least, more = (parameters(width, width + extra) for extra in (0, GROUP))
-        context = width + GROUP * max(0, round((wanted - least) / (more - least)))
+        least, more = parameters(width), parameters(width + 1)
+        context = width + max(0, round((shape["parameters"] - least) / (more - least)))
         if context == facts["widths"]["embed_dim"]:  # where it takes z_i as it is for its tokens
-            context -= GROUP
+            context -= 1
         self.chosen = {"dim": width, "cond_dim": context}
         self.settings = {**TRAINER, "timesteps": 1000, "image_cond_drop_prob": 0.1, "batch": shape["batch"]}
         self.model = Decoder(
-            unet=self._unet(shape, width, context),
+            unet=self._unet(shape, context),
             clip=StoredClip(facts),
             image_sizes=(facts["size"],),
             timesteps=1000,
@@ -148,9 +144,9 @@ class PeerDecoder:
         )
         return self.model
 
-    def _unet(self, shape: dict[str, Any], width: int, context: int) -> Any:
+    def _unet(self, shape: dict[str, Any], context: int) -> Any:
         return Unet(
-            dim=width,
+            dim=shape["peer_dim"],
             image_embed_dim=self.facts["widths"]["embed_dim"],
             cond_dim=context,
             channels=3,
