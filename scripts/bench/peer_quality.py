@@ -303,12 +303,17 @@ def main() -> None:
         bench = Bench(choice, arrays, facts, start(stack))
         ratios: dict[str, dict[str, float]] = {}
         complete: dict[str, list[str]] = {}
+        sampling: dict[str, Any] = {}
         for plan in plans(choice.smoke, choice.minutes):
             found = bench.run(plan)
             ratios |= bench.figures(plan, found)
             complete[plan.stage] = [piece.name for pieces in found.values() for piece in pieces]
+            sampling[plan.stage] = {"steps": plan.curve, "steps_readme": plan.readme, "guidance": plan.guidance}
         settings = {
             "pieces": complete,
+            "sampling": sampling,
+            "judged": "the peer's end with steps_readme and steps, the better one counts, and quarters with steps; our end, "
+            "and our parts in order until two in a row have reached the peer of the same seed",
             "untuned": choice.untuned,
             "data": facts,
             "interval": "of times: 95 % bootstrap over seeds and halves of the samples; else minimum and maximum of the seeds",

@@ -69,8 +69,7 @@ class PeerPrior:
         self.facts, width = facts, facts["widths"]["embed_dim"]
 
         def parameters(hidden: int) -> int:
-            with torch.device("meta"):
-                return sum(p.numel() for p in self._net(shape, hidden).parameters())
+            return sum(p.numel() for p in self._net(shape, hidden).parameters())
 
         one, more = parameters(width), parameters(width + 1)
         hidden = max(1, width + round((shape["parameters"] - one) / (more - one)))
