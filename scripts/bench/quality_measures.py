@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from quality_pieces import MEASURES, halves
 from torch import Tensor
 
+from unclip.evaluation.features import PictureFeatures
+
 WORST = {"cosine": -1.0, "recall_1": 0.0, "kid": 1e6}
 Measured = tuple[dict[str, float], dict[str, list[float]]]  # of all samples; of each half
 
@@ -22,7 +24,8 @@ class Judge:
         self.captions: list[str] = json.loads((folder / "captions.json").read_text())
         self.halves = halves(len(self.true))
         self._pictures = folder / "image.npy"
-        self._real: Tensor | None = None
+        self._features: PictureFeatures | None = None
+        self._real = torch.empty(0)
 
     def __call__(self, stage: str, drawn: np.ndarray) -> Measured:
         """drawn: z_i (N, D) of a prior, or uint8 pictures (N, 3, H, W) of a decoder. What is not finite, because the training
@@ -43,13 +46,10 @@ class Judge:
         }
 
     def _decoder(self, drawn: Tensor) -> Measured:
-        from unclip.evaluation.features import PictureFeatures
-
-        features = PictureFeatures()
-        if self._real is None:
-            self._real = features(torch.from_numpy(np.load(self._pictures)))
-        everything = np.arange(len(drawn))
-        value, *of_halves = kids(features(drawn), self._real, [everything, *self.halves])
+        if self._features is None:
+            self._features = PictureFeatures()
+            self._real = self._features(torch.from_numpy(np.load(self._pictures)))
+        value, *of_halves = kids(self._features(drawn), self._real, [np.arange(len(drawn)), *self.halves])
         return {"kid": value}, {"kid": [round(kid, 3) for kid in of_halves]}
 
 

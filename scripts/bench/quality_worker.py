@@ -70,7 +70,7 @@ class Worker:
     """A side's stage, once built; answers requests."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.driver = name, os.getppid()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def build(self, stage: str, arrays: str, shape: dict[str, Any], threads: int, seed: int = 0) -> dict[str, Any]:
@@ -96,6 +96,7 @@ class Worker:
         self.side.start(lr, seed)
         self.model.train()
         while len(saved) < parts:
+            self._stop_without_driver()
             before = now(self.device)
             positions = list(range(steps * batch, (steps + 1) * batch))
             self.side.step(
@@ -114,12 +115,18 @@ class Worker:
         torch.manual_seed(0)
         before, drawn = now(self.device), []
         for start in range(0, len(self.eval_rows), DRAWN_AT_ONCE):
+            self._stop_without_driver()
             chosen = np.arange(start, min(start + DRAWN_AT_ONCE, len(self.eval_rows)))
             with torch.autocast(self.device.type, torch.bfloat16), torch.no_grad():
                 drawn.append(self.side.sample(self.eval_rows, chosen, how).cpu())
         seconds = now(self.device) - before
         np.save(out, torch.cat(drawn).numpy())
         return {"seconds": round(seconds, 1)}
+
+    def _stop_without_driver(self) -> None:
+        """A benchmark that was killed must not leave a side at work."""
+        if os.getppid() != self.driver:
+            raise SystemExit("the benchmark that asked for this has ended")
 
     def _save(self, path: Path) -> None:
         draft = path.with_suffix(".tmp")
