@@ -159,7 +159,8 @@ class Bench:
             if len(complete) == len(plan.rates[side]):
                 finals = {piece.lr: final(self.records.points(piece))[1] for piece in complete}
                 found[side] = best_rate(finals, plan.stage)
-                say(f"{plan.stage}, {side}: learning rate {found[side]:g}, of {finals}")
+                tried = "; ".join(f"{lr:g}: {brief(values)}" for lr, values in finals.items())
+                say(f"{plan.stage}, {side}: learning rate {found[side]:g} of {tried}")
             else:
                 say(f"{plan.stage}, {side}: no learning rate chosen yet; run without --only, or with --untuned")
         return found
@@ -201,7 +202,7 @@ class Bench:
             values, halves = self.judge(piece.stage, np.load(drawn))
             seconds = record["training"]["snapshots"][part - 1]["seconds"]
             self.records.add(piece, Point(part, seconds, steps, values, halves))
-            say(f"{piece.name}, part {part} after {seconds:.0f} s, {steps} steps: {values} (drawn in {took:.0f} s)")
+            say(f"{piece.name}, part {part} after {seconds:.0f} s, {steps} steps: {brief(values)}; drawn in {took:.0f} s")
         return True
 
     def build(self, plan: Plan, piece: Piece) -> dict[str, Any]:
@@ -345,6 +346,10 @@ def machine() -> dict[str, Any]:
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].partition(": ")[2] if names else cpu
     return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def brief(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 def say(what: str) -> None:
