@@ -202,7 +202,9 @@ class Bench:
             values, halves = self.judge(piece.stage, np.load(drawn))
             seconds = record["training"]["snapshots"][part - 1]["seconds"]
             self.records.add(piece, Point(part, seconds, steps, values, halves))
-            say(f"{piece.name}, part {part} after {seconds:.0f} s, {steps} steps: {brief(values)}; drawn in {took:.0f} s")
+            say(
+                f"{piece.name}, part {part} after {seconds:.0f} s, {steps} steps: {brief(values)}; drawn in {took:.0f} s"
+            )
         return True
 
     def build(self, plan: Plan, piece: Piece) -> dict[str, Any]:
