@@ -153,8 +153,10 @@ def test_our_snapshots_are_judged_until_the_peer_is_reached_twice(bench: ModuleT
         points.append(point(pieces, wanted[0], dict.fromkeys(goal, reached[wanted[0]])))
     assert [p.part for p in points] == list(reached)
     assert plan.next_point(ours, [], None) == (16, 16)
-    quarters = [point(pieces, part, goal) for part in (16, 12, 8, 4)]
-    assert plan.next_point(ours, quarters, None) is None, "without a peer quarters are enough"
+    assert plan.next_point(ours, [point(pieces, part, goal) for part in (16, 8)], None) is None, "without a peer"
+    plan.every = True
+    assert plan.next_point(ours, points, goal) == (6, 16)
+    assert plan.next_point(ours, [point(pieces, part, goal) for part in range(1, 17)], goal) is None
 
 
 def test_the_peer_is_judged_with_its_readmes_sampler_at_the_end(bench: ModuleType, pieces: ModuleType):
@@ -163,11 +165,12 @@ def test_the_peer_is_judged_with_its_readmes_sampler_at_the_end(bench: ModuleTyp
     points: list[Any] = []
     while (wanted := plan.next_point(theirs, points, None)) is not None:
         points.append(point(pieces, wanted[0], {"kid": 1.0}, steps=wanted[1]))
-    assert [(p.part, p.steps) for p in points] == [(16, 250), (16, 32), (12, 32), (8, 32), (4, 32)]
+    assert [(p.part, p.steps) for p in points] == [(16, 250), (16, 20), (8, 20)]
+    assert bench.plans(smoke=False, minutes=None, every=True)[1].next_point(theirs, points, None) == (1, 20)
     tuning = plan.tuning("dalle2_pytorch")
     assert [(piece.seed, piece.lr) for piece in tuning] == [(100, 1e-4), (100, 3e-4), (100, 9e-4)]
-    assert plan.next_point(tuning[0], [], None) == (1, 32)
-    assert plan.next_point(tuning[0], [point(pieces, 1, {"kid": 1.0}, steps=32)], None) is None
+    assert plan.next_point(tuning[0], [], None) == (1, 20)
+    assert plan.next_point(tuning[0], [point(pieces, 1, {"kid": 1.0}, steps=20)], None) is None
 
 
 class Fake:

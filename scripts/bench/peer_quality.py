@@ -58,6 +58,7 @@ class Plan:
     curve: dict[str, int]
     readme: int
     guidance: float
+    every: bool
     parts: int = PARTS
 
     def tuning(self, side: str) -> list[Piece]:
@@ -72,22 +73,22 @@ class Plan:
     ) -> tuple[int, int] | None:
         """Part and steps of the sampler that are to be judged next; None when the piece is done.
 
-        The peer: its end with the README's steps, and quarters of the curve with fewer. Ours: the end, then part after part until
-        two in a row have reached ``goal``; without a goal quarters.
+        The peer: its end with the README's steps, then end and middle with fewer. Ours: the end, then part after part until
+        two in a row have reached ``goal``; without a goal the middle. With ``every`` all parts of both.
         """
         parts, steps = self.parts_of(piece), self.curve[piece.side]
-        wanted = [(-(-parts * k // 4), steps) for k in (4, 3, 2, 1)]
+        wanted = [(parts, steps), (-(-parts // 2), steps)]
+        if self.every or (piece.side == OURS and goal is not None):
+            wanted = [(part, steps) for part in (parts, *range(1, parts))]
+        if piece.side == OURS and goal is not None and reached_twice(points, goal) and not self.every:
+            wanted = wanted[:1]
         if piece.side == THEIRS and piece.seed != TUNING_SEED:
             wanted.insert(0, (parts, self.readme))
-        elif piece.side == OURS and goal is not None:
-            wanted = [(part, steps) for part in (parts, *range(1, parts))]
-            if reached_twice(points, goal):
-                wanted = wanted[:1]
         judged = {(point.part, point.steps) for point in points}
         return next((point for point in wanted if point not in judged), None)
 
 
-def plans(smoke: bool, minutes: float | None) -> list[Plan]:
+def plans(smoke: bool, minutes: float | None, every: bool = False) -> list[Plan]:
     shapes: dict[str, dict[str, Any]] = {
         "prior": {"parameters": 3_000_000, "width": 232, "depth": 4, "heads": 4, "peer_head_dim": 64, "batch": 128},
         "decoder": {
@@ -110,11 +111,11 @@ def plans(smoke: bool, minutes: float | None) -> list[Plan]:
         "prior": {OURS: (1.7e-4, 5e-4, 1.5e-3), THEIRS: (1e-4, 3e-4, 9e-4)},
         "decoder": {OURS: (5e-4, 1.5e-3, 4.5e-3), THEIRS: (1e-4, 3e-4, 9e-4)},
     }
-    steps = {"prior": ({OURS: 16, THEIRS: 16}, 64, 1.0), "decoder": ({OURS: 16, THEIRS: 32}, 250, 2.0)}
+    steps = {"prior": ({OURS: 16, THEIRS: 16}, 64, 1.0), "decoder": ({OURS: 16, THEIRS: 20}, 250, 2.0)}
     if smoke:
         steps = {stage: ({OURS: 2, THEIRS: 3}, 4, guidance) for stage, (_, _, guidance) in steps.items()}
     return [
-        Plan(stage, minutes or budgets[stage], shapes[stage], rates[stage], *steps[stage], parts=4 if smoke else PARTS)
+        Plan(stage, minutes or budgets[stage], shapes[stage], rates[stage], *steps[stage], every, 4 if smoke else PARTS)
         for stage in MEASURES
     ]
 
@@ -277,6 +278,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="of training a side, instead of 5 (prior) and 20 (decoder)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--untuned", action="store_true", help="take the middle learning rate of each side")
+    parser.add_argument(
+        "--every", action="store_true", help="judge all snapshots of both sides: whole curves, for hours"
+    )
     parser.add_argument("--out", type=Path, help="for the pieces' files; default docs/results/peer_quality")
     parser.add_argument("--scratch", type=Path, help="for arrays and snapshots; default runs/peer_quality")
     choice = parser.parse_args()
@@ -307,7 +311,7 @@ def main() -> None:
         ratios: dict[str, dict[str, float]] = {}
         complete: dict[str, list[str]] = {}
         sampling: dict[str, Any] = {}
-        for plan in plans(choice.smoke, choice.minutes):
+        for plan in plans(choice.smoke, choice.minutes, choice.every):
             found = bench.run(plan)
             ratios |= bench.figures(plan, found)
             complete[plan.stage] = [piece.name for pieces in found.values() for piece in pieces]
@@ -315,8 +319,8 @@ def main() -> None:
         settings = {
             "pieces": complete,
             "sampling": sampling,
-            "judged": "the peer's end with steps_readme and steps, the better one counts, and quarters with steps; our end, "
-            "and our parts in order until two in a row have reached the peer of the same seed",
+            "judged": "the peer's end with steps_readme and with steps, the better one counts, its middle with steps; our end, "
+            "and our parts in order until two in a row have reached the peer of the same seed; with --every all parts",
             "untuned": choice.untuned,
             "data": facts,
             "interval": "of times: 95 % bootstrap over seeds and halves of the samples; else minimum and maximum of the seeds",
