@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 15
 EMOJI_MINUTES ?= 55
-BENCH ?= $(filter-out turns peer_worker decoder_worker,$(basename $(notdir $(wildcard scripts/bench/*.py))))
+BENCH ?= $(filter-out turns peer_worker decoder_worker peer_quality quality_%,$(basename $(notdir $(wildcard scripts/bench/*.py))))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help: ## Show this help

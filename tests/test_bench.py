@@ -3,11 +3,11 @@
 import pytest
 from bench_scripts import BENCH, smoke
 
-ELSEWHERE = {"prior", "draws", "decoder"}  # test_bench_prior.py, test_bench_decoder.py
+ELSEWHERE = {"prior", "draws", "decoder", "peer_quality"}  # test_bench_prior.py, _decoder.py, _peer_quality.py
 MAIN = 'if __name__ == "__main__":'
 SCRIPTS = (
     {path.stem for path in BENCH.glob("*.py") if MAIN in path.read_text()}
-    - {"turns", "peer_worker", "decoder_worker"}
+    - {"turns", "peer_worker", "decoder_worker", "quality_worker"}
     - ELSEWHERE
 )
 RATIOS = {

@@ -1,0 +1,165 @@
+"""The arithmetic of scripts/bench/peer_quality.py: pieces and their files, the time to a quality, and how sure it is."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PARTS = 16  # of a budget; a snapshot each
+SIGN = {"cosine": 1, "recall_1": 1, "kid": -1}  # 1: more is better
+MEASURES = {"prior": ("cosine", "recall_1"), "decoder": ("kid",)}
+OURS, THEIRS = "unclip", "dalle2_pytorch"
+TUNING_SEED = 100  # of the pieces that choose a learning rate; no measured piece has it
+REPLICATES, HALVES = 2000, 100
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One training run: all that may differ between two of them."""
+
+    stage: str
+    side: str
+    minutes: float
+    seed: int
+    lr: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.stage}-{self.side}-{self.minutes:g}min-seed{self.seed}-lr{self.lr:g}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one snapshot reached. ``seconds``: of training until then; ``steps``: those that the sampler was asked for.
+
+    ``halves``: each measure on the same HALVES halves of the samples, whose spread is that of the whole (see :func:`halves`).
+    """
+
+    part: int
+    seconds: float
+    steps: int
+    values: dict[str, float]
+    halves: dict[str, list[float]]
+
+
+class Records:
+    """The pieces' JSON files in one folder; a piece is there once it is trained, its points are added one by one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, piece: Piece) -> Path:
+        return self.folder / f"{piece.name}.json"
+
+    def read(self, piece: Piece) -> dict[str, Any] | None:
+        """None for a piece that was not trained yet. SystemExit for a damaged file."""
+        path = self.path(piece)
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text())
+            if found["piece"] != asdict(piece):
+                raise ValueError(f"it is of {found['piece']}")
+        except (ValueError, KeyError) as error:
+            raise SystemExit(f"{path} is damaged ({error}): remove it, and the piece is trained again") from error
+        return found
+
+    def write(self, piece: Piece, record: dict[str, Any]) -> None:
+        """Complete or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        draft = self.path(piece).with_suffix(".tmp")
+        draft.write_text(json.dumps({"piece": asdict(piece), **record}, indent=1) + "\n")
+        draft.replace(self.path(piece))
+
+    def points(self, piece: Piece) -> list[Point]:
+        """Of a piece that was trained, in the order of training time; none for another one."""
+        record = self.read(piece)
+        return [] if record is None else sorted((Point(**p) for p in record["points"]), key=lambda p: (p.part, p.steps))
+
+    def add(self, piece: Piece, point: Point) -> None:
+        record = self.read(piece)
+        assert record is not None
+        record["points"].append(asdict(point))
+        self.write(piece, {name: value for name, value in record.items() if name != "piece"})
+
+
+def selected(name: str, words: Sequence[str]) -> bool:
+    """Whether a piece of this name is asked for: it holds every word (no words: all are)."""
+    return all(word in name for word in words)
+
+
+def halves(count: int, number: int = HALVES) -> list[np.ndarray]:
+    """``number`` fixed halves of ``count`` rows, drawn without replacement.
+
+    The mean over half of n rows varies by (1/(n/2) - 1/n) s² = s²/n about the mean of all, as that varies about the truth; and
+    no row occurs twice, which would bias KID.
+    """
+    chance = np.random.default_rng(0)
+    return [np.sort(chance.permutation(count)[: max(2, count // 2)]) for _ in range(number)]
+
+
+def reaches(value: dict[str, float], goal: dict[str, float]) -> bool:
+    """Whether every measure of ``goal`` is reached or passed."""
+    return all(SIGN[name] * value[name] >= SIGN[name] * goal[name] for name in goal)
+
+
+def time_to(curve: Iterable[tuple[float, dict[str, float]]], goal: dict[str, float]) -> float:
+    """Seconds of the first point (seconds, values) that reaches ``goal``, infinite if none does: nothing in between counts."""
+    return next((seconds for seconds, values in curve if reaches(values, goal)), math.inf)
+
+
+def reached_twice(points: Sequence[Point], goal: dict[str, float]) -> bool:
+    """Whether two neighbouring parts both reach the goal: then the rest of the curve says no more about the time to it."""
+    found = [p.part for p in points if reaches(p.values, goal)]
+    return any(part + 1 in found for part in found)
+
+
+def final(points: Sequence[Point], replicate: int | None = None) -> tuple[float, dict[str, float]]:
+    """Seconds and values of the last snapshot; where several samplers drew from it, each measure's best.
+
+    ``replicate``: on that half of the samples.
+    """
+    last = max(point.part for point in points)
+    drawn = [point for point in points if point.part == last]
+    names = drawn[0].values
+    best = {name: SIGN[name] * max(SIGN[name] * _value(point, replicate)[name] for point in drawn) for name in names}
+    return drawn[0].seconds, best
+
+
+def speedup(
+    ours: Sequence[Point], theirs: Sequence[Point], names: Sequence[str], replicate: int | None = None
+) -> float:
+    """The peer's whole time over our first time at or beyond its final values of ``names``; 0 if we never get there."""
+    seconds, values = final(theirs, replicate)
+    goal = {name: values[name] for name in names}
+    return seconds / time_to(((p.seconds, _value(p, replicate)) for p in ours), goal)
+
+
+def interval(pairs: Sequence[tuple[Sequence[Point], Sequence[Point]]], names: Sequence[str]) -> dict[str, float]:
+    """Median over seeds of :func:`speedup`, ours and the peer's by pairs, and its 95 % bootstrap interval as min and max.
+
+    A replicate draws as many seeds with replacement, and for all of them the same half of the samples.
+    """
+    chance = np.random.default_rng(0)
+    by_half = np.array([[speedup(ours, theirs, names, half) for ours, theirs in pairs] for half in range(HALVES)])
+    drawn = []
+    for _ in range(REPLICATES):
+        seeds = chance.integers(len(pairs), size=len(pairs))
+        drawn.append(np.median(by_half[chance.integers(HALVES), seeds]))
+    median = float(np.median([speedup(ours, theirs, names) for ours, theirs in pairs]))
+    low, high = (float(q) for q in np.quantile(drawn, (0.025, 0.975), method="inverted_cdf"))
+    return {"median": median, "min": min(low, median), "max": max(high, median)}
+
+
+def best_rate(finals: dict[float, dict[str, float]], stage: str) -> float:
+    """The learning rate whose last snapshot was best by the stage's first measure."""
+    name = MEASURES[stage][0]
+    return max(finals, key=lambda lr: SIGN[name] * finals[lr][name])
+
+
+def _value(point: Point, replicate: int | None) -> dict[str, float]:
+    return point.values if replicate is None else {name: of[replicate] for name, of in point.halves.items()}
