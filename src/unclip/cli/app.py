@@ -10,9 +10,10 @@ import typer
 from unclip.cli.draw import edit, generate, inpaint, interpolate, mix, repeat, vary
 from unclip.cli.embeddings import export_embeddings, import_embeddings
 from unclip.cli.exports import export_diffusers, export_onnx, export_open_clip
-from unclip.cli.hub import pull, push, runs_folder
+from unclip.cli.hub import pull, push
 from unclip.cli.karlo import import_karlo
 from unclip.cli.latents import edit_verdict, pca_probe, reconstruct, typographic_probe
+from unclip.cli.options import Out, Runs, Seed
 from unclip.cli.probing import binding_probe, busy_probe, sweep_probe, words_probe
 from unclip.errors import ConfigError, told_to_the_user
 
@@ -37,18 +38,6 @@ exports.command("diffusers")(export_diffusers)
 exports.command("onnx")(export_onnx)
 for command in (push, pull):
     app.command()(command)
-
-Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same result.")]
-Runs = Annotated[
-    Path,
-    typer.Option(
-        "--from",
-        parser=runs_folder,
-        metavar="RUNS",
-        help="Folder with the runs clip, prior, decoder and upsampler*, or hf://OWNER/NAME of the hub.",
-    ),
-]
 
 
 def main() -> None:

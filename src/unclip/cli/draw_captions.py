@@ -9,7 +9,8 @@ import numpy as np
 from rich.progress import track
 
 from unclip.batches import Batches, Meter
-from unclip.cli.pictures import Overrides
+from unclip.cli.options import Overrides
+from unclip.cli.pictures import sampling
 from unclip.config import Precision, to_plain
 from unclip.errors import ArtifactError, ConfigError
 from unclip.evaluation.blocks import Ranks, claim
@@ -64,7 +65,7 @@ class DrawnCaptions:
         if "prior" not in pipeline.manifests:
             raise ArtifactError(f"{cfg.runs} has no prior, which drawing captions needs: run train-prior")
         self._pipeline: UnCLIP | None = pipeline
-        self._how = pipeline.resolved(cfg.sampling.apply(pipeline))
+        self._how = pipeline.resolved(sampling(cfg.sampling, pipeline))
         self.artifacts = pipeline.hashes
         height, width = pipeline.finished_size(self._how)
         if height != width:

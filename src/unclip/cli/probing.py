@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from unclip.cli.draw import BatchSize, Out, Runs, Seed
+from unclip.cli.options import BatchSize, Out, Runs, Seed
 from unclip.errors import ConfigError
 
 TextDecoder = Annotated[

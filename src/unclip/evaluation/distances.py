@@ -80,7 +80,7 @@ class Moments:
 
 def moments(x: Tensor, chunk: int = 4096) -> Moments:
     """Of rows (N, D), in float64, chunk by chunk."""
-    mean = sum(part.double().sum(dim=0) for part in x.split(chunk)) / len(x)
+    mean = torch.stack([part.double().sum(dim=0) for part in x.split(chunk)]).sum(dim=0) / len(x)
     products = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     for part in x.split(chunk):
         moved = part.double() - mean
