@@ -8,8 +8,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Pages that are announced and not written yet: the site's navigation leaves them out until then.
-COMING = {"karlo.md", "export.md", "evaluation.md", "probes.md", "results.md"} - {page.name for page in PAGES}
 HYDRA = {
     "train-clip": "train_clip",
     "train-prior": "train_prior",

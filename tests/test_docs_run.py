@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from doc_pages import COMING, PAGES, ROOT, blocks, commands
+from doc_pages import PAGES, ROOT, blocks, commands
 from doc_run import PageRunner, line_of, named_in
 from PIL import Image
 from tests_support import TINY
@@ -144,7 +144,6 @@ def test_the_long_commands_of_a_page_run(page: Path, chain: Path, tmp_path: Path
     assert PageRunner(copy, NOT_RUN, SMALL).run(page).ran
 
 
-@pytest.mark.skipif(bool(COMING), reason="the tables name what pages show that are not written yet")
 def test_the_tables_hold_nothing_that_no_page_says():
     said = [line_of(command) for page in PAGES for command in commands(page)]
     said += [block.text for page in PAGES for block in blocks(page)]
