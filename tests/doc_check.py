@@ -164,7 +164,7 @@ def _names(config: type) -> set[str]:
 def _unclip(command: Command) -> None:
     """The command line is read by the command itself, which then does nothing. Files and folders that it names are there."""
     root: Any = typer.main.get_command(app)
-    words = [word for word in command.words[1:] if word != "…"]
+    words = ["runs" if word.startswith("hf://") else word for word in command.words[1:] if word != "…"]
     found, names = root, list[str]()
     while hasattr(found, "commands"):
         name = words[len(names)] if len(names) < len(words) else ""

@@ -26,8 +26,8 @@ class IndexReport:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write ``content`` so that ``path`` holds either all of it or what it held before."""
-    tmp = path.with_name(path.name + ".tmp")
+    """Write ``content`` so that ``path`` holds either all of it or what it held before. Several processes may do so at once."""
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with tmp.open("wb") as file:
         file.write(content)
         file.flush()
