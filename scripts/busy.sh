@@ -6,7 +6,7 @@
 #   --out FOLDER     where data and runs go (runs/busy); the same command again goes on where it stopped
 #   --minutes M      of training for each base (60); CLIP, prior and each upsampler get half of it
 #   --num N          training pictures of 1 to 8 objects (20000)
-#   --probe N        captions of the probe (256)
+#   --probe N        captions of the probe (128)
 #   --set "K=V ..."  further settings of every training
 #
 # FOLDER/base32 and FOLDER/base64 had equal wall-clock time, FOLDER/base64-samples saw as many samples as base32. Each is a
@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-out=runs/busy minutes=60 num=20000 probe=256 settings=()
+out=runs/busy minutes=60 num=20000 probe=128 settings=()
 fail() {
   printf 'error: %s\n' "$*" >&2
   exit 1

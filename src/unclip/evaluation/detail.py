@@ -8,11 +8,10 @@ from torch import Tensor
 from unclip.errors import DataError
 from unclip.evaluation.features import PictureFeatures
 
-PATCH = 32  # pixels
 OCTAVES = 4
 
 
-def patches(pictures: Tensor, side: int = PATCH) -> Tensor:
+def patches(pictures: Tensor, side: int) -> Tensor:
     """Non-overlapping squares of uint8 pictures (N, 3, H, W), row by row: (N·k, 3, side, side); edges are left out."""
     if min(pictures.shape[-2:]) < side:
         raise DataError(f"pictures of {pictures.shape[-1]}x{pictures.shape[-2]} px hold no patch of {side} px")
@@ -20,10 +19,10 @@ def patches(pictures: Tensor, side: int = PATCH) -> Tensor:
     return cut.permute(0, 2, 3, 1, 4, 5).flatten(0, 2).contiguous()
 
 
-def patch_features(pictures: Tensor, features: PictureFeatures, side: int = PATCH) -> Tensor:
-    """Features of all patches of uint8 pictures (N, 3, H, W); their KID tells what is wrong with the detail, wherever
-    it stands."""
-    return features(patches(pictures, side))
+def patch_features(pictures: Tensor, features: PictureFeatures) -> Tensor:
+    """Features of the quarters of uint8 pictures (N, 3, S, S), each looked at as large as a whole picture is: their KID tells
+    what is wrong with the detail, wherever it stands."""
+    return features(patches(pictures, pictures.shape[-1] // 2))
 
 
 def octave_powers(pictures: Tensor) -> Tensor:
