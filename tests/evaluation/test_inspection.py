@@ -161,5 +161,5 @@ def test_an_artifact_is_described_in_words(tmp_path: Path, capsys: pytest.Captur
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds neither embeddings nor an artifact"):
         inspect_path(tmp_path, None, NUM)
-    with pytest.raises(ConfigError, match="missing is not a folder"):
+    with pytest.raises(ConfigError, match=r"there is no .*missing; give"):
         inspect_path(tmp_path / "missing", None, NUM)

@@ -28,13 +28,11 @@ def inspect_path(path: Path, out: Path | None, max_rows: int, console: Console |
     Raises ConfigError for anything else.
     """
     console = console or (Console() if sys.stdout.isatty() else Console(width=200))
+    if not path.exists():
+        raise ConfigError(f"there is no {path}; give an embeddings folder, a run or an artifact, or a checkpoint's file")
     if path.is_file() and out is None:
         _describe_file(describe(path), path, console)
         return
-    if not path.is_dir():
-        raise ConfigError(
-            f"{path} is not a folder; give an embeddings folder, a run or an artifact, or a checkpoint's file"
-        )
     if _kind(path) == "embeddings":
         _inspect_embeddings(path, out, max_rows, console)
         return
