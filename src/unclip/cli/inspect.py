@@ -29,7 +29,9 @@ def inspect_path(path: Path, out: Path | None, max_rows: int, console: Console |
     """
     console = console or (Console() if sys.stdout.isatty() else Console(width=200))
     if not path.exists():
-        raise ConfigError(f"there is no {path}; give an embeddings folder, a run or an artifact, or a checkpoint's file")
+        raise ConfigError(
+            f"there is no {path}; give an embeddings folder, a run or an artifact, or a checkpoint's file"
+        )
     if path.is_file() and out is None:
         _describe_file(describe(path), path, console)
         return
