@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unclip.config import OnNonfinite, OptimConfig, TrainerConfig, from_plain
+from unclip.data.batch import Batch
+from unclip.diffusion import Guidance, Noise
 from unclip.models import REGISTRY, Interface, build
 from unclip.models.pca import uniform_edges
+from unclip.models.sampling import ARSampling, PriorSampling
 from unclip.plan import example
 from unclip.stages.base import Stage
 from unclip.train import STAGES
@@ -80,17 +83,23 @@ def a_stage(model: Any, kind: str, trainer: TrainerConfig, optim: OptimConfig) -
     return stage.train(), seen
 
 
-def step(case: str, **options: Any) -> None:
-    """Two training steps; the first one may wait: it puts tables on the device."""
-    name, raw, optim = CASES[case]
+def on_meta(case: str) -> tuple[Any, Batch]:
+    """The model of a case and a batch of four for it."""
+    name, raw, _ = CASES[case]
     cfg: Any = from_plain(raw, REGISTRY[name][0])
-    kind = name if name in STAGE_OF else "prior"
-    own = Interface() if kind in ("clip", "upsampler") else INTERFACE
+    own = Interface() if name in ("clip", "upsampler") else INTERFACE
     model, batch = build(cfg, own), example(cfg, own, 4).to("meta")
     if name == "ar_prior":  # which trains on what its fit found
         model.pca.fit([torch.randn(32, own.embed_dim)], num_components=4)
         model.buckets.fit(torch.randn(32, 4), uniform_edges(torch.ones(4), cfg.num_buckets, 3.0), cfg.bucket_value)
-    model = model.to("meta")
+    return model.to("meta"), batch
+
+
+def step(case: str, **options: Any) -> None:
+    """Two training steps; the first one may wait: it puts tables on the device."""
+    name, _, optim = CASES[case]
+    model, batch = on_meta(case)
+    kind = name if name in STAGE_OF else "prior"
     stage, _trainer = a_stage(model, kind, TrainerConfig(batch_size=4, **options), OptimConfig(**optim))
     stage.training_step(batch, 0)
     with Waits():
@@ -104,12 +113,23 @@ def any_device(monkeypatch: pytest.MonkeyPatch) -> None:
     adam = import_module("torch.optim.adam")  # torch.optim itself hides it
     monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *_, **__: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_a_training_step_never_waits(case: str, accumulate: int):
     step(case, accumulate=accumulate)
+
+
+@pytest.mark.parametrize("case", ["diffusion prior", "whitened, self-conditioned", "autoregressive prior"])
+def test_a_priors_measures_and_sampling_never_read_the_device(case: str):
+    prior, batch = on_meta(case)
+    noise = Noise.at(0, batch.position, "meta")
+    assert all(value.is_meta for value in prior.measures(batch, noise).values())
+    ar = ARSampling(guidance_scale=2.0, top_p=0.9, num_candidates=2)
+    how = ar if case == "autoregressive prior" else PriorSampling(guidance=Guidance(2.0), num_candidates=2)
+    assert prior.sample(prior.cond(batch), how, noise, negative=prior.cond(batch)).is_meta
 
 
 def test_reading_a_value_and_copies_that_wait_are_noticed():

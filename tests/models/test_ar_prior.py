@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from unclip.cli.train import CONF
@@ -281,20 +280,6 @@ def test_blocks_gathered_in_bfloat16_draw_too():
     with torch.autocast("cpu", torch.bfloat16):
         drawn = prior.sample(prior.cond(batch), prior.default_sampling(), noise)
     assert_close(drawn.float().norm(dim=1), torch.ones(4), atol=1e-2, rtol=0)
-
-
-def test_losses_measures_and_sampling_never_wait_for_the_device():
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        prior = ARPrior(ARPriorConfig(net=NET, **FIVE), INTERFACE)
-        prior.pca.basis = torch.zeros(K, D)
-        prior.buckets.edges, prior.buckets.values = torch.zeros(K, 17), torch.zeros(K, 16)
-        tokens = torch.zeros(2, L, dtype=torch.int64)
-        batch = Batch(position=[0, 1], tokens=tokens, image_emb=torch.zeros(2, D), text_emb=torch.zeros(2, D))
-        noise = Noise.at(0, batch.position, "cuda")
-        assert prior.losses(batch, noise)["cross_entropy"].device.type == "cuda"
-        assert prior.measures(batch, noise)["nats_per_code"].device.type == "cuda"
-        how = ARSampling(guidance_scale=2.0, top_p=0.9, num_candidates=2)
-        assert prior.sample(prior.cond(batch), how, noise, negative=prior.cond(batch)).device.type == "cuda"
 
 
 def preset(name: str, interface: Interface) -> tuple[PriorTrainConfig, ARPrior]:

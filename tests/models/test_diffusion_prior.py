@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from unclip.data.batch import Batch
@@ -287,21 +286,6 @@ def test_its_measures_keep_the_caption_and_repeat_themselves():
             parameter.zero_()
     for value in prior.measures(batch, noise).values():
         assert_close(value, prior.encode(batch.image_emb).square().mean(1))
-
-
-def test_losses_and_sampling_never_wait_for_the_device():
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):
-        prior = DiffusionPrior(DiffusionPriorConfig(net=PriorNetConfig(width=32, depth=2, num_heads=2)), INTERFACE)
-        batch = Batch(
-            position=[0, 1],
-            tokens=torch.zeros(2, L, dtype=torch.int64),
-            image_emb=torch.zeros(2, D),
-            text_emb=torch.zeros(2, D),
-            text_seq=torch.zeros(2, L, 10),
-        )
-        noise = Noise.at(0, batch.position, "cuda")
-        assert prior.losses(batch, noise)["mse"].device.type == "cuda"
-        assert prior.sample(prior.cond(batch), DDIM, noise).device.type == "cuda"
 
 
 def test_it_learns_which_picture_belongs_to_a_caption():
