@@ -30,8 +30,8 @@ emoji: setup ## Train the whole chain on real pictures: emoji (EMOJI_MINUTES=55 
 setup-slurm: ## Install a SLURM for the tests (Debian or Ubuntu, as root or by sudo); they start it themselves
 	tests/slurm/cluster.sh install
 
-test: setup ## Run the tests
-	$(BIN)/python -m pytest
+test: setup ## Run the tests, two files at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup ## Run the tests that take minutes or fetch packages
 	$(BIN)/python -m pytest -m slow

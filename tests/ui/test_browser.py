@@ -54,6 +54,7 @@ class Server:
         self.files = runs.parent / f"files-{self.port}"
         self.files.mkdir()
         surroundings = {**environment(), "TMPDIR": str(self.files), "GRADIO_ALLOWED_PATHS": "/"}
+        surroundings |= {"HTTP_PROXY": "http://127.0.0.1:9", "NO_PROXY": ""}  # nobody is there
         given = [command("unclip"), "ui", "--from", str(runs), "--port", str(self.port), *arguments]
         with self.log.open("w") as file:
             self.process = subprocess.Popen(given, stderr=file, stdout=file, cwd=runs, env=surroundings)

@@ -107,13 +107,14 @@ def test_a_port_in_use_is_told(tmp_path: Path):
 
 def test_the_environment_opens_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(os, "environ", {"GRADIO_ALLOWED_PATHS": "/", "GRADIO_SHARE": "True", "HOME": "/h"})
-    module._isolate(tmp_path)
+    monkeypatch.setattr(os, "environ", {"GRADIO_ALLOWED_PATHS": "/", "GRADIO_SHARE": "True", "NO_PROXY": "a.org"})
+    module._isolate(tmp_path, "127.0.0.2")
     assert {name for name in os.environ if name.startswith("GRADIO_")} == {
         "GRADIO_ANALYTICS_ENABLED",
         "GRADIO_TEMP_DIR",
     }
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "a.org,127.0.0.2"
     assert tempfile.gettempdir() == str(tmp_path)
 
 

@@ -41,7 +41,7 @@ def serve(runs: Path, *, host: str, port: int, auth_file: Path | None) -> None:
         )
     _refuse_taken(host, port)
     with tempfile.TemporaryDirectory(prefix="unclip-ui-") as folder:
-        _isolate(Path(folder))
+        _isolate(Path(folder), host)
         try:
             from unclip.ui.page import build_page  # imports gradio, which reads its environment
         except ModuleNotFoundError as error:
@@ -53,7 +53,14 @@ def serve(runs: Path, *, host: str, port: int, auth_file: Path | None) -> None:
         if trouble := studio.trouble():
             log.warning("nothing can be drawn yet: %s", trouble)
         page = build_page(studio)
-        _launch(page, host, port, users, local)
+        try:
+            _launch(page, host, port, users, local)
+        except ValueError as error:  # Gradio's own question whether the page is there got no answer
+            page.close(verbose=False)
+            raise ConfigError(
+                f"the page was started at --host {host} --port {port} but does not answer ({error}); a machine that is "
+                "very busy may need another try"
+            ) from error
         try:
             log.info(
                 "open http://%s:%d in a browser; Ctrl-C ends the server", f"[{host}]" if ":" in host else host, port
@@ -64,11 +71,16 @@ def serve(runs: Path, *, host: str, port: int, auth_file: Path | None) -> None:
             page.close(verbose=False)
 
 
-def _isolate(folder: Path) -> None:
-    """Gradio's settings are ours alone: none from the environment, which could open files or call home."""
+def _isolate(folder: Path, host: str) -> None:
+    """Gradio's settings are ours alone: none from the environment, which could open files or call home.
+
+    It asks itself for its page, which must not go through a proxy.
+    """
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), f"{direct},{host}" if direct else host)
     tempfile.tempdir = str(folder)  # Starlette's, for uploads on their way
 
 
