@@ -1,16 +1,21 @@
 """The paper's recipe on 64, 256 and 1,024 H100s: the tables of docs/scaling.md. usage: python scripts/scaling.py
 
-Parameters and FLOPs are counted from the layers of the shipped experiments; the rest is computed from the constants below, and
-simulated where a formula would be a guess. Nothing here was run on such a machine.
+Parameters, FLOPs and memory are those that `unclip plan` finds for the shipped experiments; the rest is computed from the
+constants below, and simulated where a formula would be a guess. Nothing here was run on such a machine.
 """
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
+from unclip.cli.plan import measured, read
+from unclip.config import Precision
+from unclip.plan import Step, on_devices, seconds_of
+
 GPUS = (64, 256, 1024)
-PEAK = 989e12  # FLOP/s of an H100 SXM in bfloat16, dense
+TFLOPS = 989.0  # of an H100 SXM in bfloat16, dense
 HBM = 80.0  # GB
 NODE = 8
 NIC = 50e9  # bytes/s a GPU has between nodes: 400 Gbit/s
@@ -20,100 +25,49 @@ WRITE = 1e9  # bytes/s at which one thread writes a checkpoint
 HOURS_PER_FAILURE = 16_384 * 54 * 24 / 419  # GPU-hours: Llama 3 405B, 419 unexpected interruptions in 54 days
 RESTART = 600.0  # seconds from a failure to the next step: requeue, imports, reading the checkpoint
 DAY = 86_400.0
+PAPERS_CLIP = ("embed_dim=1024", "text_width=1024", "context_length=256")
 
 
-@dataclass
-class Net:
-    """``parameters``, ``forward`` FLOPs of a sample, and ``activations``: bytes of a sample that gradient checkpointing keeps in
-    bfloat16 (each block's input, and the inside of the largest block)."""
-
-    parameters: float = 0.0
-    forward: float = 0.0
-    activations: float = 0.0
-
-    def __add__(self, other: "Net") -> "Net":
-        return Net(
-            self.parameters + other.parameters, self.forward + other.forward, self.activations + other.activations
-        )
+planned = cache(read)
 
 
-def transformer(width: int, depth: int, tokens: int, vocabulary: int = 0) -> Net:
-    weights = 12 * width**2 * depth
-    kept = 2 * tokens * width * (depth + 34)  # inside of a block: about 34 bytes a token and channel, halved (bfloat16)
-    return Net(weights + vocabulary * width, 2 * weights * tokens + 4 * tokens**2 * width * depth, kept)
-
-
-def unet(
-    channels: list[int], blocks: int, side: int, attention: tuple[int, ...] = (), context: tuple[int, int] = (0, 0),
-    scale_shift: bool = True, inputs: int = 3,
-) -> Net:  # fmt: skip
-    """ADM's U-Net as in src/unclip/nets/unet.py; ``context`` is the number of context tokens and their width."""
-    time, found, largest = 4 * channels[0], Net(), 0.0
-
-    def resnet(before: int, after: int, side: int) -> None:
-        nonlocal found, largest
-        kernels = 9 * before * after + 9 * after**2 + (before * after if before != after else 0)
-        extra = time * after * (2 if scale_shift else 1)
-        found += Net(kernels + extra, 2 * kernels * side**2 + 2 * extra, 2 * before * side**2)
-        largest = max(largest, 2 * (2 * before + 4 * after) * side**2)
-
-    def attend(width: int, side: int) -> None:
-        nonlocal found
-        tokens, (count, dim) = side**2, context
-        weights = 4 * width**2 + 2 * dim * width
-        products = 2 * 4 * width**2 * tokens + 2 * 2 * dim * width * count + 4 * tokens * (tokens + count) * width
-        found += Net(weights, products, 2 * width * tokens)
-
-    found += Net(9 * inputs * channels[0], 2 * 9 * inputs * channels[0] * side**2, 2 * channels[0] * side**2)
-    found += Net(channels[0] * time + time**2)
-    skips, current, sides = [channels[0]], channels[0], [side // 2**level for level in range(len(channels))]
-    for level, width in enumerate(channels):
-        for _ in range(blocks):
-            resnet(current, width, sides[level])
-            current = width
-            if level in attention:
-                attend(width, sides[level])
-            skips.append(width)
-        if level < len(channels) - 1:
-            resnet(width, width, sides[level + 1])
-            skips.append(width)
-    for _ in range(2):
-        resnet(current, current, sides[-1])
-    if attention:
-        attend(current, sides[-1])
-    for level in reversed(range(len(channels))):
-        for _ in range(blocks + 1):
-            resnet(current + skips.pop(), channels[level], sides[level])
-            current = channels[level]
-            if level in attention:
-                attend(current, sides[level])
-        if level:
-            resnet(current, current, sides[level - 1])
-    return found + Net(9 * channels[0] * 6, 2 * 9 * channels[0] * 6 * side**2, largest)
+@cache
+def step_of(settings: tuple[str, ...], rows: int) -> Step:
+    """What `unclip plan` finds of a step of so many samples."""
+    return measured(*planned(settings), rows)
 
 
 @dataclass
 class Stage:
-    """``passes``: forward passes that a step's arithmetic is worth, 3 with the backward pass, 6 with SAM. ``bytes`` a sample as
-    stored, and ``decode`` in core-seconds a sample. ``mfu`` is the share of the peak that these FLOPs reach; what gradient
-    checkpointing computes again is not counted, so the share includes it."""
+    """``settings`` are those of `unclip plan`; ``mfu`` is the share of the peak that its FLOPs reach, of which those are a
+    part that gradient checkpointing computes again. ``bytes`` a sample as stored, ``decode`` in core-seconds a sample."""
 
     name: str
-    net: Net
-    batch: int
-    steps: int
+    settings: tuple[str, ...]
     mfu: float
     bytes: float
     decode: float
-    passes: int = 3
 
     @property
-    def flop(self) -> float:
-        return self.passes * self.net.forward
+    def batch(self) -> int:
+        return planned(self.settings)[1].trainer.batch_size
 
     @property
-    def parameters(self) -> float:
-        return self.net.parameters
+    def steps(self) -> int:
+        return planned(self.settings)[1].trainer.max_steps
+
+    @property
+    def parameters(self) -> int:
+        return self.step(self.largest).parameters
+
+    @property
+    def flops(self) -> float:
+        """Of the whole recipe."""
+        return self.step(self.largest).flops * self.largest * self.steps
+
+    def step(self, gpus: int) -> Step:
+        """One GPU's part of a step."""
+        return step_of(self.settings, self.batch // gpus)
 
     @property
     def largest(self) -> int:
@@ -121,18 +75,12 @@ class Stage:
         return min(max(GPUS), self.batch)
 
 
-CLIP = transformer(1280, 32, 257) + transformer(1024, 24, 77, vocabulary=49_408)
-PRIOR = transformer(2048, 24, 260, vocabulary=49_408)
-DECODER = unet([512, 1024, 1536, 2048], 3, 64, attention=(1, 2, 3), context=(260, 2048))
-CAPTIONS = transformer(2048, 24, 256, vocabulary=49_408)
-UP_256 = unet([320, 640, 960, 1280], 3, 64, inputs=6)
-UP_1024 = unet([192, 192, 384, 384, 768, 768], 2, 256, inputs=6)
 STAGES = (
-    Stage("CLIP ViT-H/16", CLIP, 32_768, 634_765, 0.35, 40e3, 2.5e-3, passes=6),
-    Stage("diffusion prior", PRIOR, 4_096, 600_000, 0.35, 5.2e3, 0.0),
-    Stage("decoder, 64 px", DECODER + CAPTIONS, 2_048, 800_000, 0.30, 40e3, 2.5e-3),
-    Stage("64 to 256 px", UP_256, 1_024, 1_000_000, 0.25, 40e3, 2.5e-3),
-    Stage("256 to 1024 px", UP_1024, 512, 1_000_000, 0.25, 500e3, 20e-3),
+    Stage("CLIP ViT-H/16", ("experiment=paper_clip", "data.others=[]"), 0.45, 40e3, 2.5e-3),
+    Stage("diffusion prior", ("experiment=paper_diffusion_prior", *PAPERS_CLIP), 0.45, 5.2e3, 0.0),
+    Stage("decoder, 64 px", ("experiment=paper_decoder", *PAPERS_CLIP), 0.40, 40e3, 2.5e-3),
+    Stage("64 to 256 px", ("experiment=paper_upsampler_256",), 0.33, 40e3, 2.5e-3),
+    Stage("256 to 1024 px", ("experiment=paper_upsampler_1024",), 0.33, 500e3, 20e-3),
 )
 
 SHARES = {
@@ -145,7 +93,7 @@ SHARES = {
 
 def step_seconds(stage: Stage, gpus: int) -> tuple[float, float]:
     """Seconds of computing, and of moving gradients between nodes (ring all-reduce in float32, each node's share of it)."""
-    computing = stage.flop * stage.batch / (gpus * PEAK * stage.mfu)
+    computing = seconds_of(stage.step(stage.largest), TFLOPS, stage.mfu) * stage.largest / gpus
     nodes = max(1, gpus // NODE)
     volume = 2 * (nodes - 1) / nodes * 4 * stage.parameters / NODE  # NVLink reduces within a node first
     return computing, volume / (NIC * RING)
@@ -157,15 +105,15 @@ def days(stage: Stage, gpus: int) -> float:
 
 
 def state_gb(stage: Stage) -> float:
-    """Weights, two moments and their average in float32."""
-    return 16 * stage.parameters / 1e9
+    """Weights, two moments and their average: what a checkpoint holds."""
+    kinds = stage.step(stage.largest).bytes
+    return (kinds["parameters"] + kinds["optimiser"]) / 1e9
 
 
-def memory_gb(stage: Stage, gpus: int, sharded: bool) -> float:
-    """Per GPU: state and gradients, whole or sharded, and the activations of its samples."""
-    state = 20 * stage.parameters / 1e9
-    gathered = 0.1 * state  # two blocks in bfloat16, one block's gradient, and what is in no block
-    return (state / gpus + gathered if sharded else state * 1.2) + stage.net.activations / 1e9 * stage.batch / gpus
+def memory_gb(stage: Stage, gpus: int) -> tuple[float, float]:
+    """Per GPU, with ddp and with fsdp2."""
+    found = on_devices(stage.step(gpus), gpus, Precision.bf16)
+    return sum(found["ddp"].values()) / 1e9, sum(found["fsdp2"].values()) / 1e9
 
 
 def mean_time_between_failures(gpus: int) -> float:
@@ -250,7 +198,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 def days_table() -> list[str]:
     rows = []
     for stage in STAGES:
-        row = [stage.name, f"{stage.parameters / 1e9:.2f} B", f"{stage.flop * stage.batch * stage.steps:.1e}"]
+        row = [stage.name, f"{stage.parameters / 1e9:.2f} B", f"{stage.flops:.1e}"]
         for gpus in GPUS:
             used = min(gpus, stage.largest)
             computing, moving = step_seconds(stage, used)
@@ -270,7 +218,7 @@ def memory_table() -> list[str]:
         row = [stage.name, f"{state_gb(stage):.0f} GB"]
         for gpus in GPUS:
             used = min(gpus, stage.largest)
-            whole, shared = memory_gb(stage, used, sharded=False), memory_gb(stage, used, sharded=True)
+            whole, shared = memory_gb(stage, used)
             choice = "ddp" if whole < 0.9 * HBM else "fsdp2"
             row.append(f"{stage.batch / used:g}; {whole:.0f} / {shared:.0f} GB: {choice}")
         rows.append(row)

@@ -78,6 +78,11 @@ def measure_step(
         )
 
 
+def seconds_of(step: Step, tflops: float, mfu: float) -> float:
+    """Seconds that one device computes for a step, at the share ``mfu`` of its peak."""
+    return step.flops / (tflops * 1e12 * mfu)
+
+
 class Losses(nn.Module):
     """The sum of a model's losses as a forward, which torch's trackers look for."""
 

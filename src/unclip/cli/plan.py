@@ -1,5 +1,6 @@
 """``unclip plan``: what a training would take."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from unclip.cli.train import CONF, forced
 from unclip.config import typed
 from unclip.errors import ConfigError
 from unclip.models import Interface
-from unclip.plan import Step, measure_step, on_devices
+from unclip.plan import Step, measure_step, on_devices, seconds_of
 from unclip.train import ClipTrainConfig, DecoderTrainConfig, PriorTrainConfig, TrainConfig, UpsamplerTrainConfig
 
 ROOTS: dict[str, type[TrainConfig]] = {
@@ -60,20 +61,25 @@ class PlanSettings:
 def print_plan(arguments: list[str]) -> None:
     """Print the plan of a training given as its command would be: experiment=… and further settings."""
     settings, cfg, stage = read(arguments)
-    model_cfg: Any = cfg.model  # type: ignore[attr-defined]
-    interface = Interface() if stage in ("clip", "upsampler") else settings.interface
     batch = settings.batch or cfg.trainer.batch_size
     if batch % (settings.gpus * cfg.trainer.accumulate):
         raise ConfigError(
             f"batch={batch} is not a multiple of gpus={settings.gpus} times trainer.accumulate={cfg.trainer.accumulate}"
         )
     rows = batch // settings.gpus // cfg.trainer.accumulate
-    step = measure_step(model_cfg, interface, cfg.optim, cfg.trainer.precision, rows)
+    step = measured(settings, cfg, stage, rows)
     for line in describe(stage, settings, cfg, step, batch, rows):
         typer.echo(line)
 
 
-def read(arguments: list[str]) -> tuple[PlanSettings, TrainConfig, str]:
+def measured(settings: PlanSettings, cfg: TrainConfig, stage: str, rows: int) -> Step:
+    """What :func:`read` found, followed through one step of ``rows`` samples."""
+    model_cfg: Any = cfg.model  # type: ignore[attr-defined]
+    interface = Interface() if stage in ("clip", "upsampler") else settings.interface
+    return measure_step(model_cfg, interface, cfg.optim, cfg.trainer.precision, rows)
+
+
+def read(arguments: Sequence[str]) -> tuple[PlanSettings, TrainConfig, str]:
     """The plan's own settings, the stage's, and the stage. ConfigError for what neither knows."""
     pairs = [argument.partition("=") for argument in arguments]
     if bad := [name for name, equals, _ in pairs if not equals]:
@@ -112,7 +118,8 @@ def describe(stage: str, settings: PlanSettings, cfg: TrainConfig, step: Step, b
     """The plan in lines."""
     flops = step.flops * settings.gpus * cfg.trainer.accumulate
     total = flops * cfg.trainer.max_steps
-    seconds = total / (settings.gpus * settings.tflops * 1e12 * settings.mfu)
+    parts = cfg.trainer.accumulate * cfg.trainer.max_steps
+    seconds = parts * seconds_of(step, settings.tflops, settings.mfu)
     frozen = step.parameters - step.trainable
     lines = [
         f"{stage}: {step.parameters:,} parameters" + (f", {frozen:,} of them frozen" if frozen else ""),
