@@ -114,7 +114,7 @@ def test_the_environment_opens_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         "GRADIO_TEMP_DIR",
     }
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
-    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "a.org,127.0.0.2"
+    assert os.environ["NO_PROXY"] == os.environ["no_proxy"] == "a.org,127.0.0.2,localhost"
     assert tempfile.gettempdir() == str(tmp_path)
 
 

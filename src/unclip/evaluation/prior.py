@@ -100,9 +100,9 @@ class PriorEvaluation:
         """Mean cosine distances (B,) of a caption's samples: among each other, and from the true z_i."""
         count = self.diversity.num_samples
         drawn = self._sample(batch, count).view(len(batch), count, -1)
-        # sums of products, not matrix products: those would be rounded under autocast
-        among = (drawn.sum(1).square().sum(-1) - count) / (count * (count - 1))
-        return {"diversity": 1 - among, "spread_about_true": 1 - (drawn * true[:, None]).sum(-1).mean(1)}
+        # 1 - cos = |a - b|² / 2 of unit vectors, which rounding never makes negative; over all pairs that is the variance
+        from_true = (drawn - true[:, None]).square().sum(-1).mean(1) / 2
+        return {"diversity": drawn.var(dim=1).sum(-1), "spread_about_true": from_true}
 
 
 def summary(columns: dict[str, Tensor]) -> dict[str, float]:

@@ -79,8 +79,8 @@ def _isolate(folder: Path, host: str) -> None:
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
-    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
-    os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), f"{direct},{host}" if direct else host)
+    direct = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), host, "localhost"]  # its name for 0.0.0.0
+    os.environ |= dict.fromkeys(("no_proxy", "NO_PROXY"), ",".join(filter(None, direct)))
     tempfile.tempdir = str(folder)  # Starlette's, for uploads on their way
 
 
