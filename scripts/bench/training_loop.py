@@ -33,7 +33,7 @@ from unclip.train import UpsamplerTrainConfig, train
 WORKER = "UNCLIP_BENCH_WORKER"  # size, folder and ranks, for a process that only trains
 SIZES = {  # steps, batch, channels, side in pixels
     "smoke": (4, 8, (16, 32), 32),
-    "quick": (80, 16, (48, 96), 64),
+    "quick": (24, 16, (48, 96), 64),
     "full": (80, 16, (48, 96), 64),
 }
 
