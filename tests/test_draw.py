@@ -6,8 +6,11 @@ import json
 import re
 import shutil
 import struct
+import weakref
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from typer.testing import CliRunner
 from unclip import UnCLIP as FromTop
 from unclip import artifact
 from unclip.cli.app import app
+from unclip.cli.pictures import ddim_sampling
 from unclip.errors import ArtifactError, ConfigError, DataError
 from unclip.pipeline import Memory, UnCLIP
 
@@ -161,6 +165,31 @@ def test_one_stage_at_a_time_draws_the_same(place: Path):
     assert held[0] == "upsampler", "only the last stage is held"
 
 
+def test_one_stage_at_a_time_means_one_while_loading_too(place: Path, monkeypatch: pytest.MonkeyPatch):
+    alive: list[weakref.ref[torch.nn.Module]] = []
+    load = artifact.load
+
+    def watched(folder: Path, kind: str | None = None):
+        assert not any(model() is not None for model in alive), "the stage before is still in memory"
+        found = load(folder, kind=kind)
+        alive.append(weakref.ref(found[0]))
+        return found
+
+    monkeypatch.setattr("unclip.loading.artifact.load", watched)
+    assert len(list(UnCLIP.load(place / "runs", keep_in_memory=Memory.one).generate(["a"], num=1))) == 1
+    assert len(alive) >= 8, "each is read for its settings and to draw"
+
+
+def test_upsamplers_may_be_named_by_their_size(place: Path, tmp_path: Path):
+    shutil.copytree(place / "runs", tmp_path / "runs", symlinks=True)
+    (tmp_path / "runs" / "upsampler").rename(tmp_path / "runs" / "upsampler-32")
+    chain = UnCLIP.load(tmp_path / "runs")
+    assert chain.upsamplers == ["upsampler-32"]
+    assert next(chain.generate(["a"])).image.shape == (3, 32, 32)
+    names = ("upsampler-256", "upsampler2", "upsampler_1024", "upsampler", "clip")
+    assert [artifact.kind_named(name) for name in names] == ["upsampler"] * 4 + ["clip"]
+
+
 def test_a_stage_that_changes_meanwhile_is_noticed(tmp_path: Path):
     chain = UnCLIP.load(write_tiny_chain(tmp_path / "runs"), keep_in_memory=Memory.one)
     model, manifest = artifact.load(tmp_path / "runs" / "prior")
@@ -206,6 +235,13 @@ def huge_png(path: Path) -> None:
             ConfigError,
             "the decoder: .*analytic is for diffusion priors",
         ),
+        (["generate", "a", "--decoder-guidance", "-1"], ConfigError, "the decoder: .*scale"),
+        (["generate", "a", ""], ConfigError, "caption 2 of 2 is empty; say what the picture shows"),
+        (["generate", "--prompts", "latin.txt"], ConfigError, "latin.txt is not text in UTF-8 .*; save it as such"),
+        (["generate", "a", "--stop-after", "decoder", "--upsampler-steps", "2"], ConfigError, "no upsampler runs here"),
+        (["edit", "a.png", "a cube", "a photo"], ConfigError, "the caption and the base caption are the same to CLIP"),
+        (["inpaint", "a.png", "--mask", "a.png", "a cube", ""], ConfigError, "caption 1 of 1 is empty"),
+        (["inpaint", "a.png", "--mask", "a.png", "--candidates", "3"], ConfigError, "the prior draws nothing"),
         (["generate", "a", "--precision", "fp8"], ConfigError, "--precision fp8 is not one of fp32, bf16"),
         (["generate", "a", "--keep-in-memory", "two"], ConfigError, "--keep-in-memory two is not one of all, one"),
         (["vary", "a.png", "--stop-after", "prior"], ConfigError, "--stop-after prior is for `unclip generate`"),
@@ -253,9 +289,24 @@ def test_bad_input_is_refused_in_words_and_nothing_is_written(place: Path, argum
     assert not (place / "refused").exists()
 
 
+def test_decoder_settings_that_cannot_be_are_told_by_the_measures_too():
+    pipeline: Any = SimpleNamespace(configs={"decoder": SimpleNamespace(diffusion=SimpleNamespace(num_timesteps=100))})
+    with pytest.raises(ConfigError, match="the decoder was trained with 100 timesteps; it cannot sample in 5000"):
+        ddim_sampling(pipeline, 5000)
+    with pytest.raises(ConfigError, match=r"the decoder: .*scale"):
+        ddim_sampling(pipeline, 10, -1.0)
+
+
+def test_a_file_is_no_folder_to_write_to(place: Path):
+    (place / "taken").write_text("")
+    with pytest.raises(ConfigError, match=r"--out taken/there: .*taken is a file; name another folder"):
+        run(place, "generate", "a", out="taken/there")
+
+
 def bad_files(place: Path) -> None:
     (place / "cut.png").write_bytes((place / "a.png").read_bytes()[:200])
     (place / "text.png").write_text("no picture")
+    (place / "latin.txt").write_bytes("ein Würfel".encode("latin-1"))
     huge_png(place / "huge.png")
     for name, side in (("small", 8), ("black", 32)):
         Image.new("L", (side, side)).save(place / f"{name}.png")

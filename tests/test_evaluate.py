@@ -18,6 +18,7 @@ pytestmark = pytest.mark.timeout(280)
 ALL = {
     *("mse", *(f"mse_at_{percent:02}" for percent in range(5, 100, 10))),
     *("cosine_to_true", "cosine_to_text", "cosine_to_unrelated", "cosine_text_to_true", "cosine_true_to_unrelated"),
+    "cosine_to_unrelated_text",
     *("cosine_difference", "diversity", "diversity_ratio"),
     *(f"{way}_{k}" for way in ("recall", "recall_by_text") for k in (1, 5, 10)),
 }

@@ -298,6 +298,10 @@ def test_a_decoder_without_z_i_varies_nothing():
     stages["decoder"][0].cfg.conditioning.image = False
     with pytest.raises(ConfigError, match=r"decoder is a decoder without z_i \(model.conditioning.image=false\)"):
         UnCLIP(stages).vary(PICTURES)
+    with pytest.raises(ConfigError, match="decoder is a decoder without z_i"):
+        UnCLIP(stages).mix(PICTURES[0], "a red cube")
+    with pytest.raises(ConfigError, match="decoder is a decoder without z_i"):
+        UnCLIP(stages).inpaint(PICTURES[0], torch.ones(PICTURES.shape[-2:], dtype=torch.bool))
 
 
 def test_stages_of_other_sizes_are_refused():

@@ -133,6 +133,27 @@ def test_the_pca_space_keeps_the_largest_components(world: Path):
     assert_close(prior.clip_std[0], (s[:5] / len(raw) ** 0.5).float(), atol=1e-5, rtol=1e-3)
 
 
+def test_components_without_variance_are_not_whitened(world: Path):
+    """z_i in a plane have two of twelve: the others would be rounding errors over rounding errors."""
+    cfg = diffusion(embedding_space=EmbeddingSpace.pca)
+    data = UnclipData(config(world, "x", cfg).data, 0, 8, ())
+    prior = DiffusionPrior(cfg, data.interface)
+    rng = np.random.default_rng(0)
+    rows = (rng.normal(size=(40, 2)) @ rng.normal(size=(2, data.interface.embed_dim))).astype(np.float32)
+
+    class Plane:
+        folder, columns, normalised = Path("plane"), {"image_emb": rows}, False
+
+        def __len__(self) -> int:
+            return len(rows)
+
+        def rows(self, indices: np.ndarray, columns: list[str]) -> dict[str, np.ndarray]:
+            return {"image_emb": rows[indices]}
+
+    with pytest.raises(ConfigError, match=r"z_i of plane vary along 2 of the 12 .* set model\.num_components=2"):
+        prior.fit(Plane())
+
+
 def test_statistics_join_the_artifact_and_keep_its_lineage(world: Path, capsys: pytest.CaptureFixture):
     cfg = config(world, "stats", diffusion(sampling=ANALYTIC))
     folder = train(cfg)

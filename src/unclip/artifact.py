@@ -242,6 +242,11 @@ def locate(folder: Path | str) -> Path:
     raise ArtifactError(f"{folder} holds no artifact: the stage has not finished, or this is not a run folder")
 
 
+def kind_named(name: str) -> str:
+    """The kind of a stage by its folder's name: upsampler2, upsampler_1024 and upsampler-256 are all of the kind upsampler."""
+    return name[: next((i for i, letter in enumerate(name) if not letter.isalpha()), len(name))]
+
+
 def is_there(folder: Path) -> bool:
     """Whether a run or artifact folder holds an artifact, by its files alone."""
     return any((candidate / MANIFEST).is_file() for candidate in (folder / "artifact", folder))

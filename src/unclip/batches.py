@@ -7,20 +7,12 @@ from typing import TypeVar
 import torch
 
 from unclip.diffusion.samplers import OnStep
-from unclip.errors import ResourceError
+from unclip.errors import ResourceError, is_out_of_memory
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
 Work = Callable[[list[int], OnStep], T]
-_SAID_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "bad allocation")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch (its devices or its CPU allocator) or Python could not have the memory they asked for."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in _SAID_OUT_OF_MEMORY)
 
 
 class Meter:

@@ -49,6 +49,7 @@ class Chain:
                 self.clip_size: int = model.image_size
             else:
                 self.defaults[name] = model.default_sampling()
+            del model  # before the next one is read
         self.models: Mapping[str, Any] = Models(stages, self.device)
         self.upsamplers = [name for name in stages if name.startswith("upsampler")]
         self.upsamplers.sort(key=lambda name: self.configs[name].image_size)
@@ -169,23 +170,28 @@ class Chain:
         cond, negative, num_tokens = self._conditions(jobs, how, batches, num_tokens)
         steps = self.num_steps("decoder", how, masked=jobs[0].mask is not None)
 
+        last = ["decoder", *how.upsamplers][-1]
+
+        def kept(stage: str, drawn: Tensor) -> Tensor:
+            return to_uint8(drawn) if stage == last else drawn.cpu()
+
         def base(rows: list[int], on_step: OnStep) -> Tensor:
             mine, some = [seeds[i] for i in rows], cond.rows(rows).to(self.device)
             if jobs[0].mask is not None:
-                return self._repainted(some, mine, how, [jobs[i] for i in rows], on_step).cpu()
+                return kept("decoder", self._repainted(some, mine, how, [jobs[i] for i in rows], on_step))
             x_T = None if jobs[0].x_T is None else torch.stack([there(jobs[i].x_T) for i in rows]).to(self.device)
             against = None if negative is None else negative.rows([0] * len(rows)).to(self.device)
-            return self._base(some, mine, how, against, x_T, on_step).cpu()
+            return kept("decoder", self._base(some, mine, how, against, x_T, on_step))
 
         pictures = torch.cat(batches.each("decoder", len(jobs), steps, base))
         for name, sampling in how.upsamplers.items():
 
             def upsampled(rows: list[int], on_step: OnStep, name: str = name, low: Tensor = pictures) -> Tensor:
                 mine = [seeds[i] for i in rows]
-                return self._upsampled(name, low[rows], mine, how.upsamplers[name], on_step).cpu()
+                return kept(name, self._upsampled(name, low[rows], mine, how.upsamplers[name], on_step))
 
             pictures = torch.cat(batches.each(name, len(jobs), sampling.sampler.num_steps, upsampled))
-        images = [laid_over(image, job) for image, job in zip(to_uint8(pictures), jobs, strict=True)]
+        images = [laid_over(image, job) for image, job in zip(pictures, jobs, strict=True)]
         return Drawn(images, num_tokens)
 
     def _conditions(
@@ -196,13 +202,7 @@ class Chain:
         captions = [job.caption for job in jobs if job.caption is not None]
         if captions:
             num_tokens = num_tokens or self._num_tokens(captions)
-            parts = batches.each(
-                "clip", len(jobs), 0, lambda rows, _: self.embed_text([captions[i] for i in rows], num_tokens)
-            )
-            cond = parts[0]
-            for part in parts[1:]:
-                cond = Cond.cat(cond, part)
-            cond = replace(cond, text_mask=None)
+            cond = self.embed_texts(captions, batches, num_tokens)
         if jobs[0].negative is not None:
             negative = self.embed_text([jobs[0].negative])
         if jobs[0].image_emb is not None:
@@ -210,6 +210,17 @@ class Chain:
         elif captions:
             cond.image_emb = torch.cat(self._z_i(jobs, cond, negative, how, batches))
         return cond, negative, num_tokens
+
+    def embed_texts(self, captions: Sequence[str], batches: Batches, num_tokens: int = 0) -> Cond:
+        """:meth:`embed_text` in batches that fit into memory."""
+        num_tokens = num_tokens or self._num_tokens(captions)
+        parts = batches.each(
+            "clip", len(captions), 0, lambda rows, _: self.embed_text([captions[i] for i in rows], num_tokens)
+        )
+        cond = parts[0]
+        for part in parts[1:]:
+            cond = Cond.cat(cond, part)
+        return replace(cond, text_mask=None)
 
     def _z_i(
         self, jobs: Sequence[Job], text: Cond, negative: Cond | None, how: Sampling, batches: Batches

@@ -34,9 +34,19 @@ class ResourceError(UnclipError):
     """The machine has too little memory for what was asked."""
 
 
+_SAID_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "bad allocation")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch (its devices or its CPU allocator) or Python could not have the memory they asked for."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in _SAID_OUT_OF_MEMORY)
+
+
 @contextmanager
 def told_to_the_user() -> Iterator[None]:
-    """Around a command: errors for users, and a full disk, end in one message and exit code 1."""
+    """Around a command: errors for users, a full disk and too little memory end in one message and exit code 1."""
     try:
         yield
     except UnclipError as error:
@@ -47,6 +57,13 @@ def told_to_the_user() -> Iterator[None]:
         message = (
             f"no space left for {error.filename or 'a file'}; free some and run the same command again "
             "(for `unclip data`: after removing what it wrote)"
+        )
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        message = (
+            f"out of memory ({str(error).splitlines()[0] if str(error) else type(error).__name__}); ask for smaller "
+            "batches or pictures, or for one stage in memory at a time where the command has --keep-in-memory"
         )
     else:
         return

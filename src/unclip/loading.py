@@ -64,12 +64,12 @@ class Models(Mapping[str, Any]):
 
 
 def read_stage(name: str, folder: Path) -> tuple[Any, Manifest, Path]:
-    """Model, manifest and folder of a stage; upsampler2 and upsampler_1024 are of the kind upsampler.
+    """Model, manifest and folder of a stage.
 
     The weights say that they need gradients, which nobody takes: autocast only keeps the casts of such weights, and would
     cast all others again at every sampling step.
     """
-    model, manifest = artifact.load(folder, kind=name.split("_")[0].rstrip("0123456789"))
+    model, manifest = artifact.load(folder, kind=artifact.kind_named(name))
     return model.requires_grad_(True), manifest, folder
 
 

@@ -100,15 +100,20 @@ def check_share(name: str, share: float) -> float:
     return share
 
 
+def need_image(chain: Chain) -> None:
+    """ConfigError for a decoder that does not see z_i."""
+    if not chain.configs["decoder"].conditioning.image:
+        raise ConfigError(
+            f"{chain.folders['decoder']} is a decoder without z_i (model.conditioning.image=false): it only draws captions"
+        )
+
+
 def invertible(chain: Chain, how: Sampling | None, eta: float = 0.0) -> Sampling:
     """``how`` resolved, its decoder's sampler being DDIM: by default 50 steps without guidance.
 
     Raises :class:`ConfigError` for another sampler, for eta outside [0, 1], and for a decoder that does not see z_i.
     """
-    if not chain.configs["decoder"].conditioning.image:
-        raise ConfigError(
-            f"{chain.folders['decoder']} is a decoder without z_i (model.conditioning.image=false): it only draws captions"
-        )
+    need_image(chain)
     full = chain.resolved(how, decoder=INVERTIBLE)
     assert full.decoder is not None
     name = full.decoder.sampler.name
@@ -134,7 +139,7 @@ def find_latents(
     )
     if not invert:
         return Latents(z_i)
-    cond = Cond(num_rows=len(pictures)) if captions is None else chain.embed_text(captions)
+    cond = Cond(num_rows=len(pictures)) if captions is None else chain.embed_texts(captions, batches)
     cond.image_emb = z_i.to(chain.device)
     x_T = batches.each(
         "inversion",

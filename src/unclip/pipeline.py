@@ -28,6 +28,7 @@ from unclip.manipulate import (
     inpainting_jobs,
     interpolation_jobs,
     invertible,
+    need_image,
     slerp,
     text_difference,
     variation_jobs,
@@ -256,6 +257,7 @@ class UnCLIP(Chain):
 
         Weight 0 is the picture (without its x_T), 1 the caption. ``num`` pictures a weight, with seeds ``seed``, ...
         """
+        need_image(self)
         full, caption = self.resolved(how), check_captions([caption])[0]
         weights = [check_share("weight", weight) for weight in weights]
         check_num(num * len(weights))
@@ -267,7 +269,7 @@ class UnCLIP(Chain):
             z_i = find_latents(self, pictures, None, full, batches, invert=False).image_emb[0]
             seeds = [seed + j for j in range(num)]
             wanted = torch.cat(
-                self._z_i([Job(s) for s in seeds], self.embed_text([caption] * num), None, full, batches)
+                self._z_i([Job(s) for s in seeds], self.embed_text([caption]).repeat(num), None, full, batches)
             )
             wanted = wanted.cpu() * (z_i.norm() / wanted.cpu().norm(dim=1, keepdim=True))
             words = {"operation": "mix", "caption": caption}
@@ -304,7 +306,9 @@ class UnCLIP(Chain):
             )
         if not bool(middle(mask, self.finished_size(full)).any()):
             raise ConfigError("the mask is empty: what is white (True) in it is repainted, in the middle that is drawn")
-        if caption is not None:
+        if caption is None:
+            need_image(self)
+        else:
             caption = check_captions([caption])[0]
             self._need_prior("inpaint with a caption")
         batches = batches_for(batch_size, Meter(progress, 0))

@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from unclip import __version__
-from unclip.config import from_plain, to_plain
+from unclip.config import Precision, from_plain, to_plain
 from unclip.data.transforms import MAX_PIXELS
 from unclip.errors import DataError
 from unclip.jobs import Job, Picture, Sampling
@@ -98,12 +98,13 @@ def _picture(history: dict[str, Any], pixels: Tensor) -> Picture:
     if prior is not None:
         sampling = replace(sampling, prior=from_plain(prior, _PRIORS[kind]))
     job = Job(**{name: _restored(name, value) for name, value in again["job"].items()})
+    precision = Precision[str(again["precision"])].name
     places = {str(stage): (int(size), int(index)) for stage, (size, index) in again["places"].items()}
     if not all(0 <= index < size <= LARGEST_BATCH for size, index in places.values()):
         raise ValueError("a place outside of its batch")
     return Picture(
         pixels, job.title, job.seed, dict(history["artifacts"]), job.words, job, sampling, places,
-        int(again["num_tokens"]), str(again["precision"]),
+        int(again["num_tokens"]), precision,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from unclip.diffusion import DiffusionConfig, GaussianDiffusion, Noise, Predict, ScheduleName, ancestral
-from unclip.diffusion.gaussian import NetBranches
+from unclip.diffusion.gaussian import STEPS_AT_ONCE, NetBranches
 
 MEAN, STD = 1.5, 0.3
 
@@ -48,6 +48,21 @@ def test_the_mean_square_of_eps_gives_the_variance_of_x0(schedule, exact_net, me
     found = (1 - squares.mean(0)) / diffusion.schedule.snr
     error = squares.std(0) / 2000**0.5 / diffusion.schedule.snr
     assert ((found - true_variance(diffusion)).abs() < 5 * error + 1e-6)[clean].all()
+
+
+def test_measures_are_of_the_network_as_sampling_uses_it(means):
+    """With self-conditioning it sees its own first prediction: this net answers 1 to nothing and the truth, 3, to that 1."""
+    diffusion = GaussianDiffusion(DiffusionConfig(predict=Predict.x0, self_conditioning=True, num_timesteps=4))
+
+    def net(x_t, timestep, context, x0_last=None):
+        assert x0_last is not None
+        return 1 + 2 * x0_last
+
+    x0, noise = torch.full((2, 5), 3.0), Noise([0, 1])
+    assert_close(diffusion.errors_at(net, x0, means(0.0, rows=2), noise, [1, 3]), torch.zeros(2, 2))
+    squares = diffusion.eps_squares(net, x0, means(0.0, rows=2), noise)
+    true = noise.normal((4, 5), f"eps of {STEPS_AT_ONCE} steps, part 0").square().mean(-1)
+    assert_close(squares, true, atol=1e-3, rtol=1e-3)
 
 
 def test_the_network_sees_its_last_prediction_every_other_time():

@@ -67,6 +67,7 @@ def test_an_exact_prior_is_as_far_from_the_truth_as_its_samples_are_from_each_ot
     assert found["diversity"] == pytest.approx(1 - found["cosine_to_true"], abs=0.02)
     assert found["cosine_difference"] == pytest.approx(0, abs=0.01)
     assert found["cosine_to_unrelated"] == pytest.approx(found["cosine_true_to_unrelated"], abs=0.02)
+    assert abs(found["cosine_to_unrelated_text"]) < 0.05 < found["cosine_to_text"]
 
 
 def test_the_best_single_guess_comes_nearer_and_has_no_diversity():

@@ -107,6 +107,22 @@ def test_the_second_net_takes_the_last_steps_and_learns_their_noise_levels():
     assert_close(steps.float().mean(), torch.tensor(166.0), atol=5, rtol=0)
 
 
+def test_the_second_net_is_not_asked_at_more_noise_than_it_learnt():
+    model = make(last_steps=2, diffusion=X0, sampling=replace(DDIM, sampler=SamplerConfig(Sampler.ddim, 7)))
+    low = torch.zeros(1, 3, 8, 8)
+    model.sample(
+        low, replace(DDIM, sampler=SamplerConfig(Sampler.ddim, 5)), Noise([0])
+    )  # steps 250 and 0; it learnt 333
+    with pytest.raises(ConfigError, match="num_steps is 3, but the second net learnt the last 2 of 7 steps"):
+        model.sample(low, replace(DDIM, sampler=SamplerConfig(Sampler.ddim, 3)), Noise([0]))  # 500
+
+
+def test_the_second_nets_bound_is_a_sum_over_its_own_steps():
+    model = make(last_steps=1, sampling=replace(DDIM, sampler=SamplerConfig(Sampler.ddim, 7)))
+    assert model.diffusion.num_trained_steps == 1000
+    assert model.last_diffusion.num_trained_steps == round(999 / 6)
+
+
 def test_with_heun_the_second_net_takes_levels_of_which_there_are_half():
     sampling = replace(DDIM, sampler=SamplerConfig(Sampler.heun, 7))
     model = make(last_steps=1, diffusion=X0, sampling=sampling)

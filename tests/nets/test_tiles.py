@@ -53,8 +53,9 @@ def tiled(net: UpsamplerNet, x_t: Tensor, low: Tensor, tile: int, overlap: int) 
 
 
 @torch.no_grad()
-def test_one_tile_is_the_net_itself():
-    net = random_net(UNetConfig([16, 32], 2, groups=8, scale_shift=False))
+@pytest.mark.parametrize("scale_shift", [False, True])
+def test_one_tile_is_the_net_itself(scale_shift: bool):
+    net = random_net(UNetConfig([16, 32], 2, groups=8, scale_shift=scale_shift))
     x_t, low = torch.randn(2, 3, 32, 48), smooth(32, 48).expand(2, -1, -1, -1)
     whole = net(x_t, torch.tensor([300]), net.prepare(low))
     assert_close(tiled(net, x_t, low, 64, 16), whole, atol=1e-5, rtol=1e-5)
@@ -94,9 +95,9 @@ def border_ratio(picture: Tensor, tile: int, overlap: int) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("channels", [[16, 32], [16, 32, 48]])
-def test_no_seams_where_plain_tiles_have_them(channels: list[int]):
-    net = random_net(UNetConfig(channels, 1, groups=8, scale_shift=False))
+@pytest.mark.parametrize(("channels", "scale_shift"), [([16, 32], False), ([16, 32], True), ([16, 32, 48], False)])
+def test_no_seams_where_plain_tiles_have_them(channels: list[int], scale_shift: bool):
+    net = random_net(UNetConfig(channels, 1, groups=8, scale_shift=scale_shift))
     low = smooth(128, 160)
     x_t, context, timestep = torch.zeros_like(low), net.prepare(low), torch.tensor([300])
     plain = torch.zeros_like(low)

@@ -1,5 +1,6 @@
 """The chain behind the page: visitors kept apart, stages missing, replaced and mixed, runs by name."""
 
+import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ import torch
 from tiny_chain import write_tiny_chain
 
 from unclip.errors import ConfigError
+from unclip.jobs import Sampling
 from unclip.recipe import from_png
 from unclip.ui.studio import Draw, Studio, decoder_sampling, squares
 from unclip.ui.worker import State, Task
@@ -64,6 +66,26 @@ def test_visitors_are_kept_apart_and_leave_nothing(studio: Studio):
     folders = [path for path in studio.folder.iterdir() if any(path.iterdir())]
     assert len(folders) == 1
     assert len(folders[0].name) == 32, "a name that cannot be guessed"
+
+
+def test_under_a_memory_limit_a_request_is_halved_or_told_and_the_next_one_works(studio: Studio):
+    """A limit on this process's address space: the CPU allocator itself refuses."""
+    studio.chain()
+    how = Sampling(decoder=decoder_sampling(studio.chain(), *FAST).decoder, size=(512, 512), last="decoder")
+
+    def large(num: int) -> Draw:
+        return lambda chain, progress: chain.generate(["a cube"], num=num, how=how, batch_size=num, progress=progress)
+
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (now + 700 * 2**20, hard))
+        task = wait(studio.submit("ada", "generate", large(24)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert (task.state, len(task.pictures)) == (State.done, 24), task.error
+    assert any("runs out of memory with" in note and "going on with" in note for note in task.notes)
+    assert wait(studio.submit("ada", "generate", drawing("a cube"))).state is State.done
 
 
 def test_a_picture_is_repeated_beside_the_others(studio: Studio):

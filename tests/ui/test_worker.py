@@ -24,7 +24,7 @@ def picture(seed: int) -> Picture:
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
-    found = Worker(lambda picture: Path(f"{picture.seed}.png"))
+    found = Worker(lambda picture: Path(f"{picture.seed}.png"), lambda path: None)
     yield found
     found.close()
 
@@ -55,6 +55,28 @@ def test_a_task_ends_with_pictures_and_files(worker: Worker):
     assert task.state is State.done
     assert [(p.seed, path) for p, path in task.pictures] == [(7, Path("7.png"))]
     assert (task.step, task.num_steps, task.error) == (1, 2, "")
+
+
+def test_what_is_saved_while_its_visitor_leaves_is_removed(tmp_path: Path):
+    """The picture that is being saved at that moment, too; those that would follow are not saved."""
+    saving, left = threading.Event(), threading.Event()
+
+    def save(picture: Picture) -> Path:
+        saving.set()
+        assert left.wait(60)
+        path = tmp_path / f"{picture.seed}.png"
+        path.write_text("")
+        return path
+
+    worker = Worker(save, Path.unlink)
+    task = worker.submit(lambda progress: iter([picture(1), picture(2)]), [])
+    assert saving.wait(60)
+    task.forget(Path.unlink)
+    left.set()
+    worker.close()
+    assert task.state is State.cancelled
+    assert [path.name for _, path in task.pictures] == ["1.png"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

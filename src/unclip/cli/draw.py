@@ -1,5 +1,6 @@
 """The commands that draw: generate, vary, interpolate, edit, mix, inpaint and repeat."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,7 @@ def generate(
     """Captions to pictures; each PNG carries what is needed to draw it again, and a contact sheet shows all."""
     from unclip.cli.pictures import read_lines, write_drawn, write_embeddings
 
-    wanted = [caption.strip() for caption in [*(captions or []), *read_lines(prompts)] if caption.strip()]
+    wanted = [*(captions or []), *read_lines(prompts)]
     if not wanted:
         raise ConfigError('give at least one caption, for example "a red cube", or --prompts FILE')
     if request.stop_after == "prior":
@@ -111,11 +112,14 @@ def edit(
     thetas = even_thetas(theta, num)
 
     def draw(unclip, how, progress):
-        for caption in wanted:
-            yield from unclip.edit(
+        edits = [  # all are checked before the first one is drawn
+            unclip.edit(
                 image, caption, base_caption=base or None, thetas=thetas, seed=request.seed, how=how,
                 batch_size=request.batch_size, progress=progress,
-            )  # fmt: skip
+            )
+            for caption in wanted
+        ]  # fmt: skip
+        return chain.from_iterable(edits)
 
     write_drawn(request, draw, per_row=num, invertible=True)
 
@@ -162,14 +166,19 @@ def inpaint(
 
     (image,), hole = read_pictures([picture]), read_mask(mask)
     wanted = [*(captions or []), *read_lines(prompts)] or [None]
+    if wanted == [None] and any(getattr(request, option) is not None for option in PRIOR):
+        raise ConfigError("without a caption the prior draws nothing: leave out --candidates and --prior-...")
 
     def draw(unclip, how, progress):
         how = repainting(how, jump_length, num_resamples)
-        for caption in wanted:
-            yield from unclip.inpaint(
+        sets = [  # all are checked before the first one is drawn
+            unclip.inpaint(
                 image, hole, caption, num=num, seed=request.seed, how=how, batch_size=request.batch_size,
                 progress=progress,
-            )  # fmt: skip
+            )
+            for caption in wanted
+        ]  # fmt: skip
+        return chain.from_iterable(sets)
 
     write_drawn(request, draw, per_row=max(num, 4))
 

@@ -73,7 +73,7 @@ def judge_edits(
     if base not in BASES:
         raise ConfigError(f"--base {base} is not one of {', '.join(BASES)}")
     pipeline = UnCLIP.load(runs)
-    how = invertible(pipeline, Sampling(decoder=ddim_sampling(steps, guidance)))
+    how = invertible(pipeline, Sampling(decoder=ddim_sampling(pipeline, steps, guidance)))
     asked = cases(num, max(pipeline.clip_size, pipeline.size))
     pictures = torch.from_numpy(np.stack([case.picture for case in asked])).permute(0, 3, 1, 2).contiguous()
     with bar_of(silent=True) as progress:

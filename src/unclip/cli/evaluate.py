@@ -29,11 +29,15 @@ GOOD = {  # what to compare a measure with
     "cosine_difference": "near 0",
     "cosine_to_unrelated": "near cosine_true_to_unrelated",
     "cosine_true_to_unrelated": "a property of CLIP and the data",
+    "cosine_to_unrelated_text": "far below cosine_to_text",
     "recall_1": "above recall_by_text_1",
     "recall_5": "above recall_by_text_5",
     "recall_10": "above recall_by_text_10",
     "diversity": "0: always the same z_i",
     "diversity_ratio": "1: samples vary as the truth does",
+    "nats_per_code": "below ln num_buckets, which is chance",
+    "reconstruction_mse": "below 0.01: what PCA and buckets lose",
+    "reconstruction_cosine": "above 0.99",
 }
 GOOD_PICTURES = {  # by the name behind the net's
     "fid": "the lower the better; equal counts only",

@@ -1,6 +1,7 @@
 """What the drawing commands share: sampling settings, input pictures, and the files that they write."""
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +20,8 @@ from unclip.cli.options import Overrides, Request
 from unclip.config import Precision
 from unclip.data.shards import Shards
 from unclip.data.transforms import load_image, read_image, square, to_pil, to_tensor
-from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.repaint import RePaint
-from unclip.diffusion.samplers import Sampler, SamplerConfig
+from unclip.diffusion.samplers import Sampler
 from unclip.errors import ConfigError
 from unclip.evaluation.sheet import draw_gallery, draw_table, save_picture
 from unclip.manipulate import INVERTIBLE, check_share
@@ -41,6 +41,10 @@ def sampling(options: Overrides, pipeline: UnCLIP, invertible: bool = False) -> 
     last = options.stop_after
     if last == "upsampler" and pipeline.upsamplers:  # the first one, where there are several
         last = pipeline.upsamplers[0]
+    enlarging = pipeline.upsamplers and last != "decoder"
+    for option, value in (("--upsampler-steps", upsampler[0]), ("--upsampler-sampler", upsampler[2])):
+        if value is not None and not enlarging:
+            raise ConfigError(f"{option} {value}: no upsampler runs here; leave it out")
     return Sampling(
         prior=_prior_sampling(options, pipeline),
         decoder=_changed(pipeline, "decoder", own, *decoder),
@@ -68,7 +72,11 @@ def _prior_sampling(options: Overrides, pipeline: UnCLIP) -> AnyPriorSampling | 
                 raise ConfigError(
                     f"the prior of this chain ({name}) draws code by code, not in steps: leave out {option}"
                 )
-        how = how if options.prior_guidance is None else replace(how, guidance_scale=options.prior_guidance)
+        if options.prior_guidance is not None:
+            try:
+                how = replace(how, guidance_scale=options.prior_guidance)
+            except ValueError as error:
+                raise ConfigError(f"the prior: {error}") from error
     else:
         how = _changed(pipeline, "prior", how, *diffusing)
     return how if options.candidates is None else replace(how, num_candidates=options.candidates)
@@ -112,13 +120,17 @@ def repainting(how: Sampling, jump_length: int | None, num_resamples: int | None
     return replace(how, repaint=RePaint(jump_length or cfg.jump_length, num_resamples or cfg.num_resamples))
 
 
-def ddim_sampling(steps: int, guidance: float | None = None) -> DiffusionSampling:
-    """The decoder's settings of what is inverted."""
-    return DiffusionSampling(SamplerConfig(Sampler.ddim, steps), Guidance(1.0 if guidance is None else guidance))
+def ddim_sampling(pipeline: UnCLIP, steps: int, guidance: float | None = None) -> DiffusionSampling:
+    """The decoder's settings of what is inverted; ConfigError for what it cannot do."""
+    return _changed(pipeline, "decoder", INVERTIBLE, steps, guidance, None)
 
 
 def load(request: Request) -> UnCLIP:
-    """The chain, as asked for."""
+    """The chain, as asked for. ConfigError for what is no choice, and for a folder ``out`` that cannot be made."""
+    there = next(path for path in (request.out, *request.out.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written to" if there.is_dir() else "is a file"
+        raise ConfigError(f"--out {request.out}: {there} {why}; name another folder")
     if request.precision not in Precision.__members__:
         raise ConfigError(f"--precision {request.precision} is not one of {', '.join(Precision.__members__)}")
     if request.keep_in_memory not in Memory.__members__:
@@ -179,10 +191,15 @@ def read_mask(path: Path) -> Tensor:
 
 
 def read_lines(path: Path | None) -> list[str]:
-    """The lines of a file that are not empty."""
+    """The lines of a file that are not empty. ConfigError for one that is not UTF-8."""
     if path is None:
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not text in UTF-8 ({error.reason} at byte {error.start}); save it as such"
+        ) from error
     return [line.strip() for line in lines if line.strip()]
 
 

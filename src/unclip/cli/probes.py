@@ -19,7 +19,7 @@ from unclip.errors import ArtifactError, ConfigError
 from unclip.evaluation.sheet import draw_table, save_picture
 from unclip.evaluation.zero_shot import class_embeddings
 from unclip.jobs import Job, Sampling
-from unclip.manipulate import find_latents, invertible
+from unclip.manipulate import find_latents, invertible, need_image
 from unclip.models.inputs import in_parts
 from unclip.models.pca import PCA
 from unclip.pipeline import UnCLIP
@@ -42,7 +42,7 @@ def probe_components(
 ) -> dict[str, Any]:
     """Each picture from the first k components of its z_i and from all of it, always with the seed's noise; ``pca.png``."""
     pipeline, pictures = UnCLIP.load(runs), read_pictures(paths)
-    how = invertible(pipeline, Sampling(decoder=ddim_sampling(steps, guidance)))
+    how = invertible(pipeline, Sampling(decoder=ddim_sampling(pipeline, steps, guidance)))
     pca, unit = fit_components(embeddings, pipeline)
     counts = _counts(components, len(pca.eigenvalues))
     with bar_of(as_json) as progress:
@@ -113,6 +113,7 @@ def probe_typography(
     if len(names) < 2:
         raise ConfigError(f"{classes} names fewer than two classes; give one a line")
     pipeline, plain = UnCLIP.load(runs), read_pictures(paths)
+    need_image(pipeline)
     how = pipeline.resolved(None)
     shown = [("", i, plain[i]) for i in range(len(plain))]
     shown += [(word, i, with_word(plain[i], word)) for i in range(len(plain)) for word in words]

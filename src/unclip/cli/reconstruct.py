@@ -39,7 +39,7 @@ def measure_reconstruction(
     texts = [s.caption for s in samples] if captions else None
     counts = _counts(steps)
     found = {}
-    samplings = [ddim_sampling(count, guidance) for count in counts]
+    samplings = [ddim_sampling(pipeline, count, guidance) for count in counts]
     hows = [invertible(pipeline, Sampling(decoder=one, last="decoder", refinements=refinements)) for one in samplings]
     with bar_of(silent=True) as progress:
         batches = Batches(batch_size, Meter(progress, (2 + refinements) * len(samples) * sum(counts)))

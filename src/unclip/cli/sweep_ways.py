@@ -216,7 +216,7 @@ class _Inverted:
         self.latents = find_latents(self.chain, subject.large, None, how, self.batches, invert=True)
 
     def how(self, eta: float, last: str | None = None) -> Sampling:
-        return invertible(self.chain, Sampling(decoder=ddim_sampling(DDIM_STEPS), last=last), eta)
+        return invertible(self.chain, Sampling(decoder=ddim_sampling(self.chain, DDIM_STEPS), last=last), eta)
 
     def run(self, jobs: Sequence[Job], eta: float = 0.0, last: str | None = None) -> list[np.ndarray]:
         """The pictures of jobs; ``last``: the stage to stop after."""

@@ -10,6 +10,7 @@ from rich.progress import track
 from torch import Tensor
 
 from unclip import artifact
+from unclip.cli.pictures import read_lines
 from unclip.data.shards import Shards
 from unclip.data.transforms import load_image
 from unclip.errors import DataError
@@ -35,8 +36,7 @@ def write_accuracy(
 
 
 def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if line]
+    lines = read_lines(path)
     if len(lines) != len(set(lines)) or not lines:
         raise DataError(f"{path} must hold different lines, at least one")
     return lines

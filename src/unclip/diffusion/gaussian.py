@@ -97,8 +97,13 @@ class GaussianDiffusion:
             x0_pred = self.to_x0(schedule, step, output.detach(), x_t)
             log_var = schedule.interpolated_log_var(step, fraction)
             bound = variational_bound(schedule, step, x0, x_t, x0_pred, log_var)
-            terms["vlb"] = VLB_WEIGHT * len(schedule) * bound.mean()
+            terms["vlb"] = VLB_WEIGHT * self.num_trained_steps * bound.mean()
         return terms
+
+    @property
+    def num_trained_steps(self) -> int:
+        """How many steps :meth:`draw_steps` draws from: the bound is a sum over them."""
+        return len(self.schedule)
 
     @torch.no_grad()
     def eps_squares(self, net: Net, x0: Tensor, context: Any, noise: Noise) -> Tensor:
@@ -109,10 +114,18 @@ class GaussianDiffusion:
             step = steps.expand(len(x0), -1)
             drawn = noise.normal((len(steps), x0.shape[-1]), f"eps of {STEPS_AT_ONCE} steps, part {len(found)}")
             x_t = schedule.q_sample(step, x0[:, None], drawn)
-            output, _ = self.split(net(x_t, schedule.timesteps[step], context))
-            x0_pred = Guidance().limit(self.to_x0(schedule, step, output, x_t), self.cfg.clip_range)
+            x0_pred = Guidance().limit(self._predicted(net, step, x_t, context), self.cfg.clip_range)
             found.append(schedule.eps_from_x0(step, x0_pred, x_t).square().mean(-1))
         return torch.cat(found, dim=1)
+
+    def _predicted(self, net: Net, step: Tensor, x_t: Tensor, context: Any) -> Tensor:
+        """x0 as in sampling: with self-conditioning the network sees what it predicted itself a pass before."""
+        seen = (torch.zeros_like(x_t),) if self.cfg.self_conditioning else ()
+        timestep = self.schedule.timesteps[step]
+        x0 = self.to_x0(self.schedule, step, self.split(net(x_t, timestep, context, *seen))[0], x_t)
+        if seen:
+            x0 = self.to_x0(self.schedule, step, self.split(net(x_t, timestep, context, x0))[0], x_t)
+        return x0
 
     @torch.no_grad()
     def _own_prediction(
@@ -187,8 +200,7 @@ class GaussianDiffusion:
         step = torch.tensor(steps, device=x0.device).expand(len(x0), -1)
         x0 = x0.float().unsqueeze(1).expand(-1, len(steps), *x0.shape[1:])
         x_t = schedule.q_sample(step, x0, noise.normal(tuple(x0.shape[1:]), "eps of given steps"))
-        output, _ = self.split(net(x_t, schedule.timesteps[step], context))
-        return (self.to_x0(schedule, step, output, x_t) - x0).square().flatten(2).mean(-1)
+        return (self._predicted(net, step, x_t, context) - x0).square().flatten(2).mean(-1)
 
     def target(self, step: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
         """What the network should output."""

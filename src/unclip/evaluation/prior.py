@@ -115,6 +115,7 @@ def summary(columns: dict[str, Tensor]) -> dict[str, float]:
     other = unrelated(captions)
     if other is not None:
         found["cosine_to_unrelated"] = _cosine(sampled, true[other])
+        found["cosine_to_unrelated_text"] = _cosine(sampled, text[other])
         found["cosine_true_to_unrelated"] = _cosine(true, true[other])
     for name, queries in (("recall", sampled), ("recall_by_text", text)):
         scores = retrieval(true, queries, captions)

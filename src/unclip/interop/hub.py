@@ -122,7 +122,7 @@ def _stages(runs: Path) -> dict[str, Path]:
     found = {
         path.name: path
         for path in sorted(runs.glob("*"))
-        if path.name.split("_")[0].rstrip("0123456789") in KINDS and (path / "artifact" / MANIFEST).exists()
+        if artifact.kind_named(path.name) in KINDS and (path / "artifact" / MANIFEST).exists()
     }
     if not found:
         raise ArtifactError(f"{runs} holds no stages: give a folder with finished runs {', '.join(KINDS)}, or one run")

@@ -54,7 +54,7 @@ def _stages(runs: Path) -> dict[str, Path]:
     try:
         return {artifact.read_manifest(runs).kind: runs}
     except ArtifactError:
-        names = [path.name for path in sorted(runs.glob("*")) if path.name.split("_")[0].rstrip("0123456789") in _KINDS]
+        names = [path.name for path in sorted(runs.glob("*")) if artifact.kind_named(path.name) in _KINDS]
         if not names:
             raise
         return {name: runs / name for name in names}

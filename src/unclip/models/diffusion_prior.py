@@ -128,7 +128,14 @@ class DiffusionPrior(nn.Module):
             case EmbeddingSpace.pca:
                 blocks = (part["image_emb"] for part in in_parts(embeddings, ["image_emb"]))
                 self.pca.fit(blocks, num_components=self.num_channels)
-                self.clip_std.copy_(self.pca.eigenvalues[: self.num_channels].sqrt().clamp(min=1e-6))
+                kept = self.pca.eigenvalues[: self.num_channels]
+                usable = int((kept > 1e-6 * kept[0]).sum())
+                if usable < len(kept):
+                    raise ConfigError(
+                        f"z_i of {embeddings.folder} vary along {usable} of the {len(kept)} principal components only, and the "
+                        f"others cannot be whitened: set model.num_components={usable}"
+                    )
+                self.clip_std.copy_(kept.sqrt())
 
     def set_empty_caption(self, tokens: Tensor, text_emb: Tensor, text_seq: Tensor) -> None:
         """Store the caption "", z_t (D,) raw; see :func:`unclip.nets.empty_caption.set_empty_caption`."""

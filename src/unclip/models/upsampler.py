@@ -93,6 +93,13 @@ class UpsamplerConfig(ModelConfig):
                 f"sampling.sampler.num_steps is {how.sampler.num_steps}, of which the second net takes {self.last_steps}: "
                 "nothing is left for the first one; take more steps"
             )
+        trained = self.last_steps / (self.sampling.sampler.num_levels - 1) if self.last_steps else 1.0
+        if self.last_steps > 1 and (self.last_steps - 1) / (how.sampler.num_levels - 1) >= trained:
+            raise ConfigError(
+                f"sampling.sampler.num_steps is {how.sampler.num_steps}, but the second net learnt the last {self.last_steps} of "
+                f"{self.sampling.sampler.num_steps} steps, and knows less noise than {self.last_steps} of so few begin with: take "
+                "more steps"
+            )
         for name, size in (("tile", how.tile or 0), ("tile_overlap", how.tile_overlap if how.tile else 0)):
             if size % self.net.stride:
                 raise ConfigError(
@@ -234,6 +241,10 @@ class _LastSteps(GaussianDiffusion):
     def __init__(self, cfg: DiffusionConfig, share: float) -> None:
         super().__init__(cfg)
         self.limit = round(share * (len(self.schedule) - 1))  # as NoiseSchedule.respaced rounds
+
+    @property
+    def num_trained_steps(self) -> int:
+        return self.limit
 
     def draw_steps(self, noise: Noise, num_draws: int | None = None) -> Tensor:
         return super().draw_steps(noise, num_draws) * self.limit // len(self.schedule)

@@ -119,9 +119,9 @@ def modulated_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) 
     """norm(x) * (1 + scale) + shift for x (B, C, H, W), scale and shift (B, C).
 
     On a CPU it is one group norm of B·C channels, whose own weights are each sample's: no further pass over x. The number of
-    its groups must be known, which it is not where torch.export leaves B open.
+    its groups must be known, which it is not where torch.export leaves B open; and whoever hooks the norm sees it called.
     """
-    if not x.is_cpu or isinstance(x.shape[0], torch.SymInt):
+    if not x.is_cpu or isinstance(x.shape[0], torch.SymInt) or norm._forward_hooks:
         return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
     wide = torch.promote_types(scale.dtype, torch.float32)
     scale = 1 + scale.to(wide)

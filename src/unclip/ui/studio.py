@@ -13,7 +13,7 @@ from torch import Tensor
 from unclip.artifact import locate
 from unclip.batches import Progress
 from unclip.data.transforms import square, to_pil, to_tensor
-from unclip.errors import ConfigError, UnclipError
+from unclip.errors import ConfigError, UnclipError, is_out_of_memory
 from unclip.evaluation.sheet import save_picture
 from unclip.jobs import Picture, Sampling
 from unclip.loading import folders_of
@@ -39,7 +39,7 @@ class Studio:
         if not runs.is_dir():
             raise ConfigError(f"{runs} is not a folder; give the one that holds the runs clip, prior, decoder ...")
         self.runs, self.folder, self.batch_size = runs.resolve(), folder, batch_size
-        self.worker = Worker(self._save)
+        self.worker = Worker(self._save, _remove)
         self._chain: tuple[dict[str, Path], UnCLIP] | None = None
         self._lock, self._loading = threading.Lock(), threading.Lock()
         self._tasks: dict[tuple[str, str], Task] = {}
@@ -59,6 +59,10 @@ class Studio:
             self.chain()
         except UnclipError as error:
             return str(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return f"there is too little memory for the stages in {self.runs}"
         return ""
 
     def submit(self, visitor: str, tab: str, draw: Draw, beside: Task | None = None) -> Task:
@@ -72,7 +76,7 @@ class Studio:
             gone = [earlier] if earlier is not beside else []
             gone += [self._tasks.pop(oldest)] if oldest else []
         for other in gone:
-            _forget(other)
+            other.forget(_remove)
         return task
 
     def task(self, visitor: str, tab: str) -> Task | None:
@@ -107,7 +111,7 @@ class Studio:
         with self._lock:
             gone = [self._tasks.pop(key) for key in list(self._tasks) if key[0] == visitor]
         for task in gone:
-            _forget(task)
+            task.forget(_remove)
 
     def run_folders(self) -> dict[str, Path]:
         """All runs below ``runs``, two folders deep, by the names that the page shows."""
@@ -124,11 +128,8 @@ class Studio:
         return path
 
 
-def _forget(task: Task | None) -> None:
-    if task is not None:
-        task.cancel()
-        for _, path in task.pictures:
-            shutil.rmtree(path.parent, ignore_errors=True)
+def _remove(path: Path) -> None:
+    shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def decoder_sampling(chain: UnCLIP, steps: int | None, guidance: float | None, invertible: bool = False) -> Sampling:

@@ -9,14 +9,15 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from unclip.batches import Progress, is_out_of_memory
-from unclip.errors import ConfigError, UnclipError
+from unclip.batches import Progress
+from unclip.errors import ConfigError, UnclipError, is_out_of_memory
 from unclip.jobs import Picture
 
 log = logging.getLogger(__name__)
 MOST_WAITING = 20  # tasks of all visitors together
 Work = Callable[[Progress], Iterator[Picture]]
 Save = Callable[[Picture], Path]
+Remove = Callable[[Path], None]
 
 
 class State(Enum):
@@ -51,7 +52,7 @@ class Task:
     number: int = 0
 
     def __post_init__(self) -> None:
-        self._cancelled = threading.Event()
+        self._cancelled, self._forgotten = threading.Event(), threading.Event()
 
     def cancel(self) -> None:
         """Ends the task at its next sampling step, or before its first."""
@@ -59,10 +60,25 @@ class Task:
         if self.state is State.waiting:
             self.state = State.cancelled
 
-    def progress(self, done: int, total: int) -> None:
-        """Note how far the task is; raises :class:`CancelledError` if it was given up."""
+    def forget(self, remove: Remove) -> None:
+        """Cancel for good: whatever was saved, or is being saved just now, is removed."""
+        self._forgotten.set()
+        self.cancel()
+        self.remove_if_forgotten(remove)
+
+    def remove_if_forgotten(self, remove: Remove) -> None:
+        if self._forgotten.is_set():
+            for _, path in self.pictures:
+                remove(path)
+
+    def go_on(self) -> None:
+        """Raises :class:`CancelledError` if the task was given up."""
         if self._cancelled.is_set():
             raise CancelledError
+
+    def progress(self, done: int, total: int) -> None:
+        """Note how far the task is; raises :class:`CancelledError` if it was given up."""
+        self.go_on()
         self.step, self.num_steps = done, total
 
     def left(self) -> float | None:
@@ -75,8 +91,8 @@ class Task:
 class Worker:
     """Runs tasks one after another, in the order in which they came. An error ends its task, never the thread."""
 
-    def __init__(self, save: Save) -> None:
-        self._save = save
+    def __init__(self, save: Save, remove: Remove) -> None:
+        self._save, self._remove = save, remove
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="draw")
         self._lock = threading.Lock()
         self._open: list[Task] = []
@@ -113,6 +129,7 @@ class Worker:
         logging.getLogger("unclip").addHandler(notes)
         try:
             for picture in task.work(task.progress):
+                task.go_on()
                 task.pictures.append((picture, self._save(picture)))
             state = State.done
         except CancelledError:
@@ -122,6 +139,7 @@ class Worker:
         finally:
             logging.getLogger("unclip").removeHandler(notes)
             task.seconds = time.monotonic() - task.started
+            task.remove_if_forgotten(self._remove)
         task.state = state  # last: whoever sees it also sees the rest
 
 
