@@ -43,7 +43,7 @@ def smooth(height: int, width: int) -> Tensor:
 
 
 def tiled(net: UpsamplerNet, x_t: Tensor, low: Tensor, tile: int, overlap: int) -> Tensor:
-    context, timestep = net.prepare(low), torch.tensor([300])
+    context, timestep = net.prepare(low), torch.full((len(low),), 300)
 
     def run(rows: slice, columns: slice) -> Tensor:
         return net(x_t[:, :, rows, columns], timestep, context.cut(rows, columns))
@@ -57,7 +57,7 @@ def tiled(net: UpsamplerNet, x_t: Tensor, low: Tensor, tile: int, overlap: int) 
 def test_one_tile_is_the_net_itself(scale_shift: bool):
     net = random_net(UNetConfig([16, 32], 2, groups=8, scale_shift=scale_shift))
     x_t, low = torch.randn(2, 3, 32, 48), smooth(32, 48).expand(2, -1, -1, -1)
-    whole = net(x_t, torch.tensor([300]), net.prepare(low))
+    whole = net(x_t, torch.full((len(x_t),), 300), net.prepare(low))
     assert_close(tiled(net, x_t, low, 64, 16), whole, atol=1e-5, rtol=1e-5)
 
 
@@ -67,7 +67,7 @@ def test_with_the_whole_pictures_norms_the_tiles_middles_are_the_whole_picture()
         UNetConfig([16], 1, groups=8, scale_shift=False)
     )  # sees 8 pixels far: 9 convolutions of 3x3, less one
     x_t, low = torch.randn(1, 3, 48, 64), smooth(48, 64)
-    context, timestep = net.prepare(low), torch.tensor([300])
+    context, timestep = net.prepare(low), torch.full((len(low),), 300)
     norms = _Norms(net)
     with norms.gathering():
         whole = net(x_t, timestep, context)
