@@ -88,11 +88,12 @@ def test_settings_of_slurm_without_it_are_refused(tmp_path: Path) -> None:
     assert "error: launch.partition is for launch=slurm: add that, or leave out launch.*" in said
 
 
-def pipeline(folder: Path, settings: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """What the script says, and what it submits to a stand-in for sbatch that counts from 100."""
+def pipeline(folder: Path, settings: str, refused: str = "") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    """What the script says, and what it submits to a stand-in for sbatch that counts from 100 and refuses one name."""
     (folder / "settings.sh").write_text(settings)
     (folder / "sbatch").write_text(
-        f'#!/bin/sh\necho "$UNCLIP_RUN $*" >> {folder}/calls\necho $((99 + $(wc -l < {folder}/calls)))\n'
+        f'#!/bin/sh\ncase "$*" in *--job-name={refused or "none"}" "*) exit 1;; esac\n'
+        f'echo "$UNCLIP_RUN $*" >> {folder}/calls\necho $((99 + $(wc -l < {folder}/calls)))\n'
     )
     (folder / "sbatch").chmod(0o755)
     path = f"{folder}:{os.environ['PATH']}"
@@ -140,6 +141,15 @@ def test_the_pipeline_takes_a_clip_that_is_there_and_another_evaluation(tmp_path
     assert calls[0].endswith("embed.sbatch run=/r/embeddings clip=/old/clip data=/d")
     assert "--dependency" not in calls[0]
     assert calls[-1].endswith("train.sbatch unclip verdict --from /r")
+
+
+@pytest.mark.parametrize(("refused", "submitted"), [("clip", 0), ("decoder", 3), ("upsampler", 4), ("evaluate", 5)])
+def test_the_pipeline_ends_where_a_job_is_refused(tmp_path: Path, refused: str, submitted: int) -> None:
+    """Else the jobs behind it would be queued without what they wait for."""
+    done, calls = pipeline(tmp_path, "data=/d runs=/r\n", refused)
+    assert done.returncode != 0
+    assert len(calls) == submitted
+    assert done.stdout == ""
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,22 @@
 """A training command that is killed with SIGKILL and started again ends with the very same weights."""
 
 import json
+import os
 import signal
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from tests_support import TINY, command, environment, run_command
+
+from unclip.callbacks import SampleSheet
+from unclip.cli.train import CONF, forced
+from unclip.config import typed
+from unclip.train import UpsamplerTrainConfig, train
 
 pytestmark = pytest.mark.timeout(300)
 STEPS = 30
@@ -62,6 +70,35 @@ def test_killed_and_resumed_equals_uninterrupted(stage: str, data: Path):
     assert hashes[0] == hashes[1]
     steps = [json.loads(line)["step"] for line in (cut / "metrics.jsonl").read_text().splitlines() if "train/" in line]
     assert steps == list(range(2, STEPS + 1, 2)), "every logged step stands in metrics.jsonl once"
+
+
+def test_a_signal_after_the_last_step_ends_a_run_that_only_has_to_be_finished(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """While the last sheet is drawn, where Lightning's own handler would broadcast and end with exit code 0."""
+    monkeypatch.chdir(data)
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        given = [forced(word) for word in [*arguments("upsampler", "signal/late")[1:], "trainer.sample_every=1000"]]
+        cfg = typed(compose("train_upsampler", given), UpsamplerTrainConfig)
+    draw = SampleSheet.draw
+
+    def interrupted(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        draw(*args)
+
+    with monkeypatch.context() as context:
+        context.setattr(SampleSheet, "draw", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            train(cfg)
+    assert ended.value.code == 128 + signal.SIGTERM
+    run = data / "signal" / "late"
+    assert json.loads((run / "stopped.json").read_text())["signal"] == signal.SIGTERM
+    assert not (run / "artifact").exists()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # they were ignored, as this process was to end
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    train(cfg)
+    assert (run / "artifact").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

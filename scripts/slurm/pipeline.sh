@@ -15,6 +15,7 @@
 #     evaluate=(unclip verdict --from /runs/a --data /data/shapes --out /runs/a/verdict);  evaluate_job=(...)
 # A job whose predecessor failed is taken from the queue. The same line again goes on: what is finished ends at once.
 set -euo pipefail
+shopt -s inherit_errexit # a refused sbatch ends this, within $(...) too
 here=$(cd "$(dirname "$0")" && pwd)
 [ $# = 1 ] && [ -f "$1" ] || { echo "usage: $0 SETTINGS; the head of this file shows such a file" >&2; exit 2; }
 data="" runs="" clip_from="" upsamplers=(upsampler) evaluate=()
@@ -26,7 +27,7 @@ submit() { # name, jobs to wait for (17:18 or nothing), script, command...
     shift 3
     local -n options=${key}_job
     id=$(sbatch --parsable --job-name="$name" ${after:+--dependency=afterok:$after --kill-on-invalid-dep=yes} \
-        "${all_job[@]}" "${options[@]}" "$here/$script" "$@")
+        "${all_job[@]}" "${options[@]}" "$here/$script" "$@") || return
     id=${id%%;*} # id;cluster where there are several
     printf '%-16s %8s   %s\n' "$name" "$id" "${after:+after ${after//:/, }}" >&2
     echo "$id"
@@ -40,11 +41,13 @@ first=""
 [ -n "$clip_from" ] || first=$(submit clip "" train.sbatch train-clip run="$runs/clip" data.path="$data" "${clip[@]}")
 embeddings=$(submit embed "$first" embed.sbatch run="$runs/embeddings" clip="${clip_from:-$runs/clip}" data="$data" "${embed[@]}")
 trained=$(submit prior "$embeddings" train.sbatch train-prior run="$runs/prior" "${embedded[@]}" "${prior[@]}")
-trained+=:$(submit decoder "$embeddings" train.sbatch train-decoder run="$runs/decoder" "${embedded[@]}" "${decoder[@]}")
+id=$(submit decoder "$embeddings" train.sbatch train-decoder run="$runs/decoder" "${embedded[@]}" "${decoder[@]}")
+trained+=:$id
 for name in "${upsamplers[@]}"; do
     settle "${name//-/_}" "${name//-/_}_job"
     declare -n own=${name//-/_}
-    trained+=:$(submit "$name" "$embeddings" train.sbatch train-upsampler run="$runs/$name" data.path="$data" "${own[@]}")
+    id=$(submit "$name" "$embeddings" train.sbatch train-upsampler run="$runs/$name" data.path="$data" "${own[@]}")
+    trained+=:$id
     unset -n own
 done
 [ ${#evaluate[@]} -gt 0 ] || evaluate=(unclip-evaluate prior prior="$runs/prior" "${embedded[@]}" run="$runs/evaluation")

@@ -5,6 +5,8 @@ import logging
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -103,14 +105,29 @@ class StopOnLimitOrSignal(pl.Callback):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.received = 0
-        self._previous: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for number in self.SIGNALS:
-            self._previous[number] = signal.signal(number, self._note)
+    @contextmanager
+    def listening(self, trainer: pl.Trainer) -> Iterator[None]:
+        """Inside, from before the first step to after the artifact, signals are noted, and Lightning's own handler, which
+        broadcasts from within, is not installed. A second SIGINT ends at once."""
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                if signal.getsignal(number) == self._note:  # not once it has stopped: then they are ignored
+                    signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = number
+
+    def stop_if_told(self, trainer: pl.Trainer) -> None:
+        """Between two parts of what follows the last step. All ranks must call it alike."""
+        if number := int(_largest(trainer, self.received)):
+            self._stop(trainer, number)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
@@ -130,19 +147,8 @@ class StopOnLimitOrSignal(pl.Callback):
             log.info("stopped by signal %d at step %d; the same command resumes %s", number, trainer.global_step, run)
         for other in self.SIGNALS:
             signal.signal(other, signal.SIG_IGN)
-        self._previous.clear()
         trainer.strategy.barrier()
         raise SystemExit(128 + number)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._previous:
-            signal.signal(*self._previous.popitem())
 
 
 def _largest(trainer: pl.Trainer, value: float) -> float:

@@ -132,7 +132,7 @@ class TrainerConfig:
     on_nonfinite: OnNonfinite = field(default=OnNonfinite.stop, metadata=FREE)
     on_spike: OnSpike = field(default=OnSpike.warn, metadata=FREE)
     spike_factor: float = field(default=3.0, metadata=FREE)
-    stall_seconds: float = field(default=1800.0, metadata=FREE)
+    stall_seconds: float = field(default=1200.0, metadata=FREE)
     peak_tflops: float = field(default=0.0, metadata=FREE)
     accelerator: str = field(default="auto", metadata=FREE)
     devices: int = field(default=1, metadata=FREE)

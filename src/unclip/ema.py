@@ -111,7 +111,7 @@ def drop_after(run: Path, step: int) -> None:
     """Remove snapshots beyond the checkpoint that a run resumes from: it makes them again."""
     for path in (run / FOLDER).glob("*.safetensors"):
         if int(path.stem) > step:
-            path.unlink()
+            path.unlink(missing_ok=True)  # every rank calls this
 
 
 def reconstruct(run: Path, out: Path, width: float, step: int | None = None) -> tuple[Path, float]:

@@ -52,9 +52,9 @@ class JsonlLogger(Logger):
         super().__init__()
         self.path = path
         self._start = time.monotonic()
-        if path.exists():
+        if rank_zero_only.rank == 0 and path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
-            path.write_text("".join(line + "\n" for line in kept))
+            write_atomic(path, "".join(line + "\n" for line in kept).encode())
 
     @property
     def name(self) -> str:

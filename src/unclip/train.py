@@ -155,9 +155,11 @@ def train(cfg: TrainConfig) -> Path:
         trainer = _trainer(cfg, run, start, data, title=f"{kind} in {run}")
         size = artifact.describe(stage.model)
         log.info("%s: %.1f M parameters, from step %d", kind, size["trainable"] / 1e6, start)
+        stop = next(found for found in trainer.callbacks if isinstance(found, StopOnLimitOrSignal))  # type: ignore[attr-defined]
         try:
-            trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
-            folder = _finish(trainer, stage, data, cfg, kind, adapters)
+            with stop.listening(trainer):
+                trainer.fit(stage, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=True)
+                folder = _finish(trainer, stage, data, cfg, kind, stop, adapters)
         except BaseException:
             _close(trainer, code=1)
             raise
@@ -269,21 +271,32 @@ def _close(trainer: pl.Trainer, code: int) -> None:
 
 
 def _finish(
-    trainer: pl.Trainer, stage: Stage, data: UnclipData, cfg: TrainConfig, kind: str, adapters: Any = None
+    trainer: pl.Trainer,
+    stage: Stage,
+    data: UnclipData,
+    cfg: TrainConfig,
+    kind: str,
+    stop: StopOnLimitOrSignal,
+    adapters: Any,
 ) -> Path:
     """Validate with the averaged weights, draw the last sheet, write the artifact."""
     run = Path(cfg.run)
     step, seconds = trainer.global_step, stage.seconds
     optimizer: Any = trainer.optimizers[0]
+    stop.stop_if_told(trainer)
     if stage.validated_at != step:  # Lightning validates when it stops, but not always
         with optimizer.ema_weights():
             trainer.validate(stage, datamodule=data, verbose=False, weights_only=True)
     metrics = stage.val_metrics
+    stop.stop_if_told(trainer)
+    if not stage.is_sharded:  # Lightning has put it onto the CPU
+        stage.to(trainer.strategy.root_device)
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, (Checkpoint, Snapshots)):
             callback.save(trainer)
         if isinstance(callback, SampleSheet):
             callback.draw(trainer, stage)
+    stop.stop_if_told(trainer)
     with optimizer.ema_weights():
         if adapters is not None:
             merge_lora(adapters)

@@ -110,7 +110,9 @@ def write_failure(run: Path, error: TrainingError) -> bool:
 
 
 def refuse_ranks() -> None:
-    if any(name in os.environ for name in RANKS):
+    """ConfigError in one of several ranks. A batch script of SLURM is alone, though it has a SLURM_PROCID."""
+    launched = any(name in os.environ for name in RANKS if name != "SLURM_PROCID")
+    if launched or os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1":
         raise ConfigError("a sweep is one process that starts its trials; call it without torchrun or srun")
 
 
