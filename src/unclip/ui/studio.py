@@ -75,7 +75,7 @@ class Studio:
             oldest = next(iter(self._tasks)) if len(self._tasks) > MOST_KEPT else None
             gone = [earlier] if earlier is not beside else []
             gone += [self._tasks.pop(oldest)] if oldest else []
-        for other in gone:
+        for other in filter(None, gone):
             other.forget(_remove)
         return task
 
