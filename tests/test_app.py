@@ -111,7 +111,7 @@ def test_start_up_is_light():
     ("arguments", "message"),
     [
         (["generate", "--from", "runs"], 'give at least one caption, for example "a red cube", or --prompts FILE'),
-        (["generate", " ", "--from", "runs"], "give at least one caption"),
+        (["generate", " ", "--from", "runs"], "caption 1 of 1 is empty; say what the picture shows"),
         (["generate", "a cube", "--from", "runs"], "does not exist; give the run folder of a finished stage"),
         (["data", "shapes", "--objects", "1-x"], "--objects 1-x is not a range such as 1-2"),
         (["data", "shapes", "--objects", "1-"], "--objects 1- is not a range such as 1-2"),

@@ -139,16 +139,16 @@ def test_components_without_variance_are_not_whitened(world: Path):
     data = UnclipData(config(world, "x", cfg).data, 0, 8, ())
     prior = DiffusionPrior(cfg, data.interface)
     rng = np.random.default_rng(0)
-    rows = (rng.normal(size=(40, 2)) @ rng.normal(size=(2, data.interface.embed_dim))).astype(np.float32)
+    plane = (rng.normal(size=(40, 2)) @ rng.normal(size=(2, data.interface.embed_dim))).astype(np.float32)
 
     class Plane:
-        folder, columns, normalised = Path("plane"), {"image_emb": rows}, False
+        folder, columns, normalised = Path("plane"), {"image_emb": plane}, False
 
         def __len__(self) -> int:
-            return len(rows)
+            return len(plane)
 
         def rows(self, indices: np.ndarray, columns: list[str]) -> dict[str, np.ndarray]:
-            return {"image_emb": rows[indices]}
+            return {"image_emb": plane[indices]}
 
     with pytest.raises(ConfigError, match=r"z_i of plane vary along 2 of the 12 .* set model\.num_components=2"):
         prior.fit(Plane())

@@ -71,7 +71,7 @@ def test_visitors_are_kept_apart_and_leave_nothing(studio: Studio):
 def test_under_a_memory_limit_a_request_is_halved_or_told_and_the_next_one_works(studio: Studio):
     """A limit on this process's address space: the CPU allocator itself refuses."""
     studio.chain()
-    how = Sampling(decoder=decoder_sampling(studio.chain(), *FAST).decoder, size=(512, 512), last="decoder")
+    how = Sampling(decoder=decoder_sampling(studio.chain(), *FAST).decoder, size=(128, 128), last="decoder")
 
     def large(num: int) -> Draw:
         return lambda chain, progress: chain.generate(["a cube"], num=num, how=how, batch_size=num, progress=progress)
@@ -79,11 +79,11 @@ def test_under_a_memory_limit_a_request_is_halved_or_told_and_the_next_one_works
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (now + 700 * 2**20, hard))
-        task = wait(studio.submit("ada", "generate", large(24)))
+        resource.setrlimit(resource.RLIMIT_AS, (now + 250 * 2**20, hard))
+        task = wait(studio.submit("ada", "generate", large(48)))
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert (task.state, len(task.pictures)) == (State.done, 24), task.error
+    assert (task.state, len(task.pictures)) == (State.done, 48), task.error
     assert any("runs out of memory with" in note and "going on with" in note for note in task.notes)
     assert wait(studio.submit("ada", "generate", drawing("a cube"))).state is State.done
 

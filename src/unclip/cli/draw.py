@@ -20,10 +20,12 @@ def generate(
 ) -> None:
     """Captions to pictures; each PNG carries what is needed to draw it again, and a contact sheet shows all."""
     from unclip.cli.pictures import read_lines, write_drawn, write_embeddings
+    from unclip.manipulate import check_captions
 
     wanted = [*(captions or []), *read_lines(prompts)]
     if not wanted:
         raise ConfigError('give at least one caption, for example "a red cube", or --prompts FILE')
+    wanted = check_captions(wanted)
     if request.stop_after == "prior":
         write_embeddings(request, wanted, num, negative)
         return
