@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from tests_support import TINY, command, environment, run_command
 
-from unclip.callbacks import SampleSheet
+from unclip.callbacks import SampleSheet, StopOnLimitOrSignal
 from unclip.cli.train import CONF, forced
 from unclip.config import typed
+from unclip.stages.upsampler import UpsamplerStage
 from unclip.train import UpsamplerTrainConfig, train
 
 pytestmark = pytest.mark.timeout(300)
@@ -97,8 +99,28 @@ def test_a_signal_after_the_last_step_ends_a_run_that_only_has_to_be_finished(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # they were ignored, as this process was to end
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    train(cfg)
+    placed: list[str] = []
+    with monkeypatch.context() as context:  # where the weights are: Lightning's end puts them onto the CPU
+        context.setattr(UpsamplerStage, "cpu", lambda stage: placed.append("the CPU") or stage)
+        context.setattr(UpsamplerStage, "to", lambda stage, device: placed.append(f"the run's {device}") or stage)
+        context.setattr(SampleSheet, "draw", lambda *args: placed.append("the sheet"))
+        train(cfg)
+    assert placed[-3:] == ["the CPU", "the run's cpu", "the sheet"]
     assert (run / "artifact").exists()
+
+
+def test_a_second_sigint_ends_at_once_if_the_first_does_not_help(monkeypatch: pytest.MonkeyPatch):
+    """But not one that a launcher passes on after the terminal's own."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("unclip.callbacks.time.monotonic", lambda: clock.now)
+    stop = StopOnLimitOrSignal(None)  # type: ignore[arg-type]
+    stop._note(signal.SIGINT, None)
+    clock.now = 102.9
+    stop._note(signal.SIGINT, None)
+    assert stop.received == signal.SIGINT
+    clock.now = 103.1
+    with pytest.raises(KeyboardInterrupt):
+        stop._note(signal.SIGINT, None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -28,6 +28,7 @@ from unclip.stages.base import Stage
 from unclip.stages.sharded import gathered
 
 log = logging.getLogger(__name__)
+PATIENCE = 3.0  # seconds after which another SIGINT is meant
 LIMIT = 0.5  # the reason to stop that is no signal's number
 
 
@@ -105,11 +106,13 @@ class StopOnLimitOrSignal(pl.Callback):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.received = 0
+        self._insisting_from = 0.0  # time.monotonic()
 
     @contextmanager
     def listening(self, trainer: pl.Trainer) -> Iterator[None]:
         """Inside, from before the first step to after the artifact, signals are noted, and Lightning's own handler, which
-        broadcasts from within, is not installed. A second SIGINT ends at once."""
+        broadcasts from within, is not installed. SIGINT ends at once if the first one, seconds before, did not help: a launcher
+        such as torchrun passes on what the terminal has sent already."""
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         try:
@@ -120,8 +123,10 @@ class StopOnLimitOrSignal(pl.Callback):
                     signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received == number == signal.SIGINT:
+        if self.received == number == signal.SIGINT and time.monotonic() > self._insisting_from:
             raise KeyboardInterrupt
+        if not self.received:
+            self._insisting_from = time.monotonic() + PATIENCE
         self.received = number
 
     def stop_if_told(self, trainer: pl.Trainer) -> None:
