@@ -36,6 +36,7 @@ OUT_OF_MEMORY = {
         "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
         "allocate 40000000000 bytes. Error code 12 (Cannot allocate memory)"
     ),
+    "oneDNN": RuntimeError("could not create a primitive"),
     "python": MemoryError(),
 }
 
@@ -63,6 +64,7 @@ def test_one_picture_that_does_not_fit_is_an_error_in_words(kind: str):
 
 
 def test_other_errors_pass():
+    assert not is_out_of_memory(RuntimeError("could not create a primitive descriptor for a convolution"))
     assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
         Batches(4, Meter(None, 0)).each("decoder", 4, 4, too_many(0, RuntimeError("shapes"), []))

@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # model, its s
         {},
     ),
     "upsampler": ("upsampler", {**CONFIGS["upsampler"], "max_noise": 0.3}, {"grad_clip": 0.0}),
+    "upsampler of degraded pictures": ("upsampler", {**CONFIGS["upsampler"], "bsr": "light"}, {}),
     "upsampler's second net": ("upsampler", {**CONFIGS["upsampler"], "last_steps": 1, "diffusion": DIFFUSION}, {}),
 }
 

@@ -1,6 +1,7 @@
 """Errors that a user can act on. The commands print their message without a traceback and exit with 1."""
 
 import errno
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,14 +35,18 @@ class ResourceError(UnclipError):
     """The machine has too little memory for what was asked."""
 
 
-_SAID_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "bad allocation")
+_OUT_OF_MEMORY = re.compile(  # the last two are oneDNN's
+    "can't allocate memory|not enough memory|out of memory|bad_alloc|bad allocation|could not create a memory"
+    "|could not create a primitive(?! descriptor)",
+    re.IGNORECASE,
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch (its devices or its CPU allocator) or Python could not have the memory they asked for."""
     if isinstance(error, MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in _SAID_OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and _OUT_OF_MEMORY.search(str(error)) is not None
 
 
 @contextmanager

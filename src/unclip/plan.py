@@ -18,6 +18,7 @@ from unclip.config import OptimConfig, Precision
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.models import CLIPConfig, DecoderConfig, Interface, ModelConfig, UpsamplerConfig, build
+from unclip.models.pictures import Bsr
 from unclip.nets.transformer import TransformerBlock
 from unclip.nets.unet import ContextAttention, ResnetBlock
 from unclip.optim import AdamWEMA, make_optimizer
@@ -116,11 +117,15 @@ def example(cfg: ModelConfig, interface: Interface, rows: int) -> Batch:
         interface.context_length or cfg.context_length if isinstance(cfg, CLIPConfig) else interface.context_length
     ) or 1
     tokens = torch.zeros(rows, length, dtype=torch.int64)
+    low = None
+    if isinstance(cfg, UpsamplerConfig) and cfg.bsr is not Bsr.none:  # else it is made from the picture
+        low = torch.zeros(rows, 3, cfg.low_size, cfg.low_size, dtype=torch.uint8)
     return Batch(
         key=[""] * rows,
         position=list(range(rows)),
         caption=[""] * rows,
         image=torch.zeros(rows, 3, size, size, dtype=torch.uint8),
+        low=low,
         tokens=tokens,
         image_emb=torch.zeros(rows, interface.embed_dim),
         text_emb=torch.zeros(rows, interface.embed_dim),
