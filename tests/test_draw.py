@@ -72,6 +72,7 @@ def files(place: Path, out: str) -> list[str]:
         (["vary", "a.png", "b.png", "--num", "2", "--eta", "0.5"], 4, []),
         (["vary", "a.png", "b.png", "--num", "1", "--prompts", "captions.txt"], 2, []),
         (["interpolate", "a.png", "b.png", "a.png", "--num", "3"], 5, ["interpolation.gif", "interpolation.mp4"]),
+        (["interpolate", "--prompts", "captions.txt", "--num", "3"], 3, ["interpolation.gif", "interpolation.mp4"]),
         (["edit", "a.png", "a blue cube", "--num", "2", "--theta", "0.4", "--base", ""], 2, []),
         (["edit", "a.png", "--prompts", "captions.txt", "--num", "2"], 4, []),
         (["mix", "a.png", "a blue cube", "--weights", "0.2,0.8", "--num", "1"], 2, []),
@@ -253,7 +254,8 @@ def huge_png(path: Path) -> None:
         ),
         (["vary", "text.png"], DataError, r"text.png: the picture cannot be decoded"),
         (["vary", "huge.png"], DataError, r"huge.png: .*90 megapixels, more than 80: make it smaller"),
-        (["interpolate", "a.png"], ConfigError, "1 pictures are too few; give at least 2"),
+        (["interpolate", "a.png"], ConfigError, "1 pictures and captions are too few to go"),
+        (["interpolate", "a.png", "b.png", "--candidates", "3"], ConfigError, "the prior draws nothing"),
         (["edit", "a.png"], ConfigError, 'say what the picture is to become, for example "a blue cube"'),
         (["edit", "a.png", "a cube", "--theta", "1.5"], ConfigError, r"theta is 1.5; it must lie in \[0, 1\]"),
         (

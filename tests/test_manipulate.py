@@ -15,13 +15,15 @@ from unclip.config import from_plain
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.errors import ArtifactError, ConfigError
-from unclip.manipulate import slerp, text_difference, toward_text
+from unclip.manipulate import invertible, slerp, text_difference, toward_text
 from unclip.models import REGISTRY, build
 from unclip.models.sampling import DiffusionSampling
+from unclip.nets.layers import Cond
 from unclip.pipeline import Picture, Sampling, UnCLIP
 from unclip.recipe import from_png, to_png
 
 DDIM = DiffusionSampling(SamplerConfig(Sampler.ddim, num_steps=4))
+DDIM_1 = DiffusionSampling(SamplerConfig(Sampler.ddim, num_steps=4, eta=1.0))
 HOW = Sampling(decoder=DDIM)
 PICTURES = torch.randint(0, 256, (3, 3, 20, 24), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 MASK = torch.zeros(20, 24, dtype=torch.bool)
@@ -32,6 +34,7 @@ OPERATIONS = {
     "vary": lambda chain: chain.vary(PICTURES, num=1, how=HOW, eta=0.5),
     "vary with captions": lambda chain: chain.vary(PICTURES, captions=["a", "a red cube", "b"], num=1, how=HOW),
     "interpolate": lambda chain: chain.interpolate(PICTURES, frames=3, how=HOW),
+    "interpolate captions": lambda chain: chain.interpolate(captions=["a red cube", "a ball"], frames=3, how=HOW),
     "fixed noise": lambda chain: chain.interpolate(PICTURES[:2], frames=3, noise="fixed", how=HOW),
     "edit": lambda chain: chain.edit(PICTURES[0], "a blue cube", thetas=(0.0, 0.5), how=HOW),
     "mix": lambda chain: chain.mix(PICTURES[0], "a blue cube", weights=(0.5,), num=2),
@@ -157,6 +160,27 @@ def test_an_interpolation_ends_in_the_reconstructions(chain: UnCLIP):
     assert difference(fixed[0].image, ends[0]) > 1
 
 
+def test_an_interpolation_between_captions_ends_in_what_their_own_seeds_draw(chain: UnCLIP):
+    base = replace(HOW, last="decoder")
+    captions, full = ["a red cube", "a blue sphere"], invertible(chain, base)
+    frames = list(chain.interpolate(captions=captions, frames=3, seed=5, how=base))
+    for frame, caption, seed in zip(frames[::2], captions, (5, 6), strict=True):
+        z_i = chain.sample_embeddings([caption], seed=seed, how=HOW)
+        assert difference(frame.image, chain.decode(Cond(image_emb=z_i), [seed], full)[0]) <= 1
+    assert difference(frames[0].image, frames[2].image) > 1
+
+
+def test_pictures_and_captions_are_ends_of_one_interpolation(chain: UnCLIP):
+    frames = list(chain.interpolate(PICTURES[:2], captions=["a cube"], frames=3, seed=5, how=HOW))
+    alone = list(chain.interpolate(PICTURES[:2], frames=3, seed=5, how=HOW))
+    assert len(frames) == 5
+    assert all(difference(a.image, b.image) <= 1 for a, b in zip(frames, alone, strict=False))
+    (z_i,) = chain.sample_embeddings(["a cube"], seed=5, how=HOW)
+    assert torch.equal(frames[-1].job.image_emb, z_i)
+    fixed = list(chain.interpolate(captions=["a cube", "a ball"], frames=2, noise="fixed", how=HOW))
+    assert all(frame.job.x_T is None for frame in fixed)
+
+
 def test_an_edit_begins_with_the_reconstruction_and_keeps_its_noise(chain: UnCLIP):
     edits = list(chain.edit(PICTURES[0], "a blue cube", base_caption=None, thetas=(0.0, 0.5), how=HOW))
     (same,) = chain.vary(PICTURES[:1], num=1, eta=0.0, how=HOW)
@@ -211,6 +235,9 @@ def test_a_negative_caption_acts_through_guidance(chain: UnCLIP):
     unguided = Sampling(decoder=replace(DDIM, guidance=Guidance(1.0)))
     with pytest.raises(ConfigError, match="a negative caption needs guidance"):
         chain.generate(["a red cube"], negative="a blue sphere", how=unguided)
+    assert chain.defaults["decoder"].guidance.scale != 1, "which does not count where the prior alone runs"
+    with pytest.raises(ConfigError, match="other than 1 of the prior, the only stage that runs"):
+        chain.sample_embeddings(["a red cube"], negative="a blue sphere", how=unguided)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +269,17 @@ def test_a_negative_caption_acts_through_guidance(chain: UnCLIP):
             lambda c: c.vary(PICTURES, how=Sampling(refinements=0)),
             "refinements is 0; each step backwards needs at least",
         ),
-        (lambda c: c.interpolate(PICTURES[:1]), "1 pictures are too few; give at least 2"),
+        (lambda c: c.interpolate(PICTURES[:1]), "1 pictures and captions are too few to go from one to the next"),
+        (lambda c: c.interpolate(captions=["a cube"]), "1 pictures and captions are too few"),
+        (lambda c: c.interpolate(PICTURES[:1], captions=[""]), "caption 1 of 1 is empty"),
+        (
+            lambda c: c.edit(PICTURES[0], "a cube", how=Sampling(decoder=DDIM_1)),
+            "the decoder's sampler has eta 1.0; leave it out",
+        ),
+        (
+            lambda c: c.vary(PICTURES, eta=0.5, how=Sampling(decoder=DDIM_1)),
+            "has eta 1.0; leave it out: `vary` takes its own",
+        ),
         (lambda c: c.interpolate(PICTURES, frames=1), "frames is 1; an interpolation has at least its 2 ends"),
         (lambda c: c.interpolate(PICTURES, noise="none"), "noise is 'none'; it must be slerp .* or fixed"),
         (lambda c: c.edit(PICTURES[0], "", how=HOW), "caption 1 of 1 is empty"),

@@ -208,7 +208,7 @@ class Chain:
         if jobs[0].image_emb is not None:
             cond.image_emb = torch.stack([there(job.image_emb) for job in jobs]).to(self.device)
         elif captions:
-            cond.image_emb = torch.cat(self._z_i(jobs, cond, negative, how, batches))
+            cond.image_emb = torch.cat(self.draw_z_i(jobs, cond, negative, how, batches))
         return cond, negative, num_tokens
 
     def embed_texts(self, captions: Sequence[str], batches: Batches, num_tokens: int = 0) -> Cond:
@@ -222,9 +222,10 @@ class Chain:
             cond = Cond.cat(cond, part)
         return replace(cond, text_mask=None)
 
-    def _z_i(
+    def draw_z_i(
         self, jobs: Sequence[Job], text: Cond, negative: Cond | None, how: Sampling, batches: Batches
     ) -> list[Tensor]:
+        """The prior's z_i (B, D) of jobs with these embedded captions, batch by batch."""
         def prior(rows: list[int], on_step: OnStep) -> Tensor:
             return self.sample_prior(text.rows(rows), [jobs[i].seed for i in rows], how.prior, negative, on_step)
 

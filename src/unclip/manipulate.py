@@ -11,6 +11,7 @@ from torch import Tensor
 from unclip.batches import Batches, Meter
 from unclip.chain import Chain
 from unclip.diffusion.guidance import Guidance
+from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.errors import ConfigError
 from unclip.jobs import Job, Sampling
@@ -63,6 +64,12 @@ class Latents:
 
     image_emb: Tensor
     x_T: Tensor | None = None
+
+    @classmethod
+    def cat(cls, parts: Sequence["Latents"]) -> "Latents":
+        """One after another; all have x_T or none."""
+        noises = [part.x_T for part in parts if part.x_T is not None]
+        return cls(torch.cat([part.image_emb for part in parts]), torch.cat(noises) if noises else None)
 
 
 def check_pictures(pictures: Tensor, at_least: int = 1) -> Tensor:
@@ -125,6 +132,11 @@ def invertible(chain: Chain, how: Sampling | None, eta: float = 0.0) -> Sampling
         raise ConfigError(f"eta is {eta}; it must lie in [0, 1]: 0 reconstructs the picture, 1 varies it most")
     if full.refinements < 1:
         raise ConfigError(f"refinements is {full.refinements}; each step backwards needs at least one evaluation")
+    if full.decoder.sampler.eta not in (None, eta):
+        raise ConfigError(
+            f"the decoder's sampler has eta {full.decoder.sampler.eta}; leave it out: `vary` takes its own, and "
+            "reconstructions, interpolations and edits are drawn with 0"
+        )
     sampler = SamplerConfig(Sampler.ddim, full.decoder.sampler.num_steps, eta or None)
     full.decoder = DiffusionSampling(sampler, full.decoder.guidance)
     return full
@@ -148,6 +160,16 @@ def find_latents(
         lambda rows, on_step: chain.invert(pictures[rows], cond.rows(rows), how, on_step).cpu(),
     )
     return Latents(z_i, torch.cat(x_T))
+
+
+def caption_latents(
+    chain: Chain, captions: Sequence[str], seed: int, how: Sampling, batches: Batches, *, noisy: bool
+) -> Latents:
+    """The prior's z_i of captions and, where ``noisy``, the x_T that the decoder starts from; the seeds are ``seed``, ``seed`` + 1, ..."""
+    jobs = [Job(seed + i) for i in range(len(captions))]
+    z_i = torch.cat(chain.draw_z_i(jobs, chain.embed_texts(captions, batches), None, how, batches)).cpu()
+    noise = Noise([job.seed for job in jobs]).branch("decoder")
+    return Latents(z_i, noise.normal((3, *chain.base_size(how)), "x_T") if noisy else None)
 
 
 def variation_jobs(latents: Latents, captions: Sequence[str] | None, num: int, seed: int, eta: float) -> list[Job]:

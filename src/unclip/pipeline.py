@@ -18,7 +18,9 @@ from unclip.jobs import Job, Picture, Sampling
 from unclip.loading import Memory, OnDemand, folders_of, read_stage
 from unclip.manipulate import (
     DEFAULT_THETAS,
+    Latents,
     batches_for,
+    caption_latents,
     check_captions,
     check_num,
     check_pictures,
@@ -110,7 +112,7 @@ class UnCLIP(Chain):
         negative: str | None = None,
     ) -> Tensor:
         """What the prior makes of captions, and nothing further: z_i (N, D), in the order of :meth:`generate`'s pictures."""
-        full, jobs, batches = self._asked(captions, num, seed, how, batch_size, progress, negative)
+        full, jobs, batches = self._asked(captions, num, seed, how, batch_size, progress, negative, decodes=False)
         batches.meter.total = len(jobs) * self.num_steps("prior", full)
         found = []
         for part in chunks(jobs, batch_size):
@@ -128,12 +130,13 @@ class UnCLIP(Chain):
         batch_size: int,
         progress: Progress | None,
         negative: str | None,
+        decodes: bool = True,
     ) -> tuple[Sampling, list[Job], Batches]:
         captions, full = check_captions(captions), self.resolved(how)
         self._need_prior("generate")
         check_num(num)
         if negative is not None:
-            self._check_negative(full)
+            self._check_negative(full, decodes)
             negative = check_captions([negative])[0]
         words = {"operation": "generate"} | ({} if negative is None else {"negative": negative})
         jobs = [
@@ -175,8 +178,9 @@ class UnCLIP(Chain):
 
     def interpolate(
         self,
-        pictures: Tensor,
+        pictures: Tensor | None = None,
         *,
+        captions: Sequence[str] = (),
         frames: int = 9,
         seed: int = 0,
         noise: str = "slerp",
@@ -186,22 +190,34 @@ class UnCLIP(Chain):
     ) -> Iterator[Picture]:
         """``frames`` pictures from each of uint8 pictures (K, 3, H, W) to the next, with both ends: K - 1 stretches (paper §3.2).
 
-        ``noise`` slerp goes from one inverted x_T to the next, so that the ends are the reconstructions; fixed takes the
-        seed's noise for all frames.
+        ``captions`` follow the pictures as further ends, by the prior's z_i; or they are the only ones. ``noise`` slerp goes from
+        one x_T to the next, a picture's being inverted, so that its end is the reconstruction, and a caption's that of its seed:
+        ``seed``, ``seed`` + 1, ... Fixed takes the seed's noise for all frames.
         """
         if noise not in ("slerp", "fixed"):
             raise ConfigError(f"noise is {noise!r}; it must be slerp (between the pictures' own x_T) or fixed")
         if frames < 2:
             raise ConfigError(f"frames is {frames}; an interpolation has at least its 2 ends")
-        full = invertible(self, how)
-        pictures, batches = check_pictures(pictures, at_least=2), batches_for(batch_size, Meter(progress, 0))
-        count = (len(pictures) - 1) * (frames - 1) + 1
-        inverted = len(pictures) if noise == "slerp" else 0
-        batches.meter.total = inverted * self.num_steps("inversion", full) + self._total(count, full)
+        full, batches = invertible(self, how), batches_for(batch_size, Meter(progress, 0))
+        shown = 0 if pictures is None else len(check_pictures(pictures))
+        if len(captions):
+            captions = check_captions(captions)
+            self._need_prior("interpolate between captions")
+        ends = shown + len(captions)
+        if ends < 2:
+            raise ConfigError(f"{ends} pictures and captions are too few to go from one to the next; give at least 2")
+        inverted = shown if noise == "slerp" else 0
+        batches.meter.total = inverted * self.num_steps("inversion", full)
+        batches.meter.total += len(captions) * self.num_steps("prior", full)
+        batches.meter.total += self._total((ends - 1) * (frames - 1) + 1, full)
 
         def jobs() -> list[Job]:
-            latents = find_latents(self, pictures, None, full, batches, invert=noise == "slerp")
-            return interpolation_jobs(latents, frames, seed)
+            parts: list[Latents] = []
+            if pictures is not None and shown:
+                parts.append(find_latents(self, pictures, None, full, batches, invert=noise == "slerp"))
+            if captions:
+                parts.append(caption_latents(self, captions, seed, full, batches, noisy=noise == "slerp"))
+            return interpolation_jobs(Latents.cat(parts), frames, seed)
 
         return self._lazily(jobs, full, batches)
 
@@ -269,7 +285,7 @@ class UnCLIP(Chain):
             z_i = find_latents(self, pictures, None, full, batches, invert=False).image_emb[0]
             seeds = [seed + j for j in range(num)]
             wanted = torch.cat(
-                self._z_i([Job(s) for s in seeds], self.embed_text([caption]).repeat(num), None, full, batches)
+                self.draw_z_i([Job(s) for s in seeds], self.embed_text([caption]).repeat(num), None, full, batches)
             )
             wanted = wanted.cpu() * (z_i.norm() / wanted.cpu().norm(dim=1, keepdim=True))
             words = {"operation": "mix", "caption": caption}
@@ -374,12 +390,12 @@ class UnCLIP(Chain):
                 f"the stage prior is missing, which {what} needs: run train-prior (model=identity takes z_t for z_i)"
             )
 
-    def _check_negative(self, how: Sampling) -> None:
+    def _check_negative(self, how: Sampling, decodes: bool) -> None:
+        """``decodes``: the decoder runs too, so that its guidance counts."""
         assert how.decoder is not None
-        if not is_guided(how.prior) and how.decoder.guidance.scale == 1:
-            raise ConfigError(
-                "a negative caption needs guidance: set a guidance scale other than 1 of prior or decoder"
-            )
+        if not is_guided(how.prior) and not (decodes and how.decoder.guidance.scale != 1):
+            stages = "prior or decoder" if decodes else "the prior, the only stage that runs"
+            raise ConfigError(f"a negative caption needs guidance: set a guidance scale other than 1 of {stages}")
 
     def _total(self, count: int, how: Sampling, prior: bool = False, masked: bool = False) -> int:
         return count * (self.steps_of_all(how, masked) + (self.num_steps("prior", how) if prior else 0))

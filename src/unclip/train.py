@@ -162,6 +162,8 @@ def train(cfg: TrainConfig) -> Path:
                 folder = _finish(trainer, stage, data, cfg, kind, stop, adapters)
         except BaseException:
             _close(trainer, code=1)
+            if trainer.is_global_zero:
+                report_quietly(run)
             raise
         _close(trainer, code=0)
         return folder

@@ -125,12 +125,14 @@ def import_clip(
     from unclip.config import to_plain
     from unclip.models.clip import CLIP, CLIPConfig
     from unclip.models.clip_sources import is_foreign
+    from unclip.report.run import report_quietly
 
     if not pretrained and not is_foreign(name):
         raise typer.BadParameter(f"{name} alone has no weights: add --pretrained TAG or --pretrained FILE")
     model = CLIP(CLIPConfig(name=name, pretrained=pretrained))
     model.fit()
     folder = save(out, model, Manifest("clip", "clip", to_plain(model.cfg), to_plain(model.interface())))
+    report_quietly(out)
     typer.echo(f"wrote {folder}")
 
 
@@ -146,11 +148,13 @@ def wise_ft(
     """Mix a fine-tuned CLIP with the one that it started from (WiSE-FT), which often keeps more of what that one knew."""
     from unclip.artifact import Manifest, load, save
     from unclip.models.clip import interpolate
+    from unclip.report.run import report_quietly
 
     (before, first), (model, second) = load(start, kind="clip"), load(tuned, kind="clip")
     interpolate(before, model, share)
     parents = {"start": first.hash, "tuned": second.hash}
     folder = save(out, model, Manifest("clip", "clip", second.config, second.interface, parents))
+    report_quietly(out)
     typer.echo(f"wrote {folder}")
 
 
@@ -224,8 +228,10 @@ def ema(
 ) -> None:
     """Make an artifact of a run with an average of the weights whose length is chosen afterwards (post-hoc EMA)."""
     from unclip.ema import reconstruct
+    from unclip.report.run import report_quietly
 
     folder, rest = reconstruct(run, out, sigma_rel, step)
+    report_quietly(out)
     typer.echo(
         f"wrote {folder}: sigma_rel {sigma_rel}, {100 * rest:.2g} % of its profile is out of the snapshots' reach"
     )

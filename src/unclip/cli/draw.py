@@ -64,23 +64,32 @@ def vary(
     )  # fmt: skip
 
 
-@drawing(*PRIOR, "decoder_sampler")
+@drawing("decoder_sampler")
 def interpolate(
-    pictures: Pictures,
     request: Request,
+    pictures: Annotated[
+        list[Path] | None, typer.Argument(exists=True, dir_okay=False, help="Pictures: png, jpg or webp.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="File with a caption a line, each one more end after the pictures."),
+    ] = None,
     num: Annotated[int, typer.Option(min=2, help="Pictures from one to the next, with both ends.")] = 9,
     noise: Annotated[str, typer.Option(help="slerp: between the pictures' own noise; fixed: the seed's.")] = "slerp",
     seconds: Annotated[float, typer.Option(min=0.1, help="Of the film, from one picture to the next.")] = 2.0,
 ) -> None:
-    """From picture to picture: frames, sheet, interpolation.gif and, with the extra video, interpolation.mp4."""
+    """From picture or caption to the next: frames, sheet, interpolation.gif and, with the extra video, interpolation.mp4."""
     from unclip.cli.film import write_films
-    from unclip.cli.pictures import read_pictures, write_drawn
+    from unclip.cli.pictures import read_lines, read_pictures, write_drawn
 
-    images = read_pictures(pictures)
+    captions, images = read_lines(prompts), read_pictures(pictures) if pictures else None
+    if not captions:
+        _refuse_prior(request)
     found = write_drawn(
         request,
         lambda unclip, how, progress: unclip.interpolate(
             images,
+            captions=captions,
             frames=num,
             seed=request.seed,
             noise=noise,
@@ -168,8 +177,8 @@ def inpaint(
 
     (image,), hole = read_pictures([picture]), read_mask(mask)
     wanted = [*(captions or []), *read_lines(prompts)] or [None]
-    if wanted == [None] and any(getattr(request, option) is not None for option in PRIOR):
-        raise ConfigError("without a caption the prior draws nothing: leave out --candidates and --prior-...")
+    if wanted == [None]:
+        _refuse_prior(request)
 
     def draw(unclip, how, progress):
         how = repainting(how, jump_length, num_resamples)
@@ -183,6 +192,11 @@ def inpaint(
         return chain.from_iterable(sets)
 
     write_drawn(request, draw, per_row=max(num, 4))
+
+
+def _refuse_prior(request: Request) -> None:
+    if any(getattr(request, option) is not None for option in PRIOR):
+        raise ConfigError("without a caption the prior draws nothing: leave out --candidates and --prior-...")
 
 
 def repeat(

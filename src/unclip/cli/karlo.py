@@ -24,7 +24,9 @@ def import_karlo(
     """Make runs of Karlo's weights (or of Kandinsky's prior), to draw with, to fine-tune and to export again."""
     from unclip.artifact import read_manifest
     from unclip.interop.karlo import import_karlo as import_folder
+    from unclip.report.run import report_quietly
 
     for run in import_folder(folder, out, clip, image_encoder):
         manifest = read_manifest(run)
+        report_quietly(run)
         typer.echo(f"wrote {run}: {manifest.kind} {manifest.hash[:12]}")

@@ -37,15 +37,14 @@ def embed() -> None:
     def run(raw: DictConfig) -> Any:
         from unclip.config import typed
         from unclip.data.embed import EmbedConfig, embed
-        from unclip.report.run import is_run, report_quietly
+        from unclip.report.run import report_quietly
         from unclip.run_lock import RunLock
 
         cfg = typed(raw, EmbedConfig)
         part, parts = cfg.share()
         with RunLock(Path(cfg.run), "lock" if parts == 1 else f"lock-{part}-of-{parts}"):
             run = embed(cfg)
-            if is_run(run):  # the last of several parts writes the manifest
-                report_quietly(run)
+            report_quietly(run)  # of several parts the last one, which writes the manifest
             return run
 
     _main("embed", run)

@@ -54,9 +54,13 @@ def run_parts(run: Path) -> list[str]:
 
 
 def report_quietly(run: Path) -> None:
-    """:func:`write_run_report` where the run itself is what counts: on a full disk there is a warning, and no page."""
+    """:func:`write_run_report` where the run itself is what counts: on a full disk there is a warning, and no page.
+
+    A folder in which nothing has been written yet gets none either.
+    """
     try:
-        write_run_report(run)
+        if is_run(run):
+            write_run_report(run)
     except OSError as error:
         log.warning("%s could not be written (%s); `unclip report %s` writes it later", run / FILE, error, run)
 
