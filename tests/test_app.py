@@ -172,6 +172,7 @@ def import_and_compare(name: str, tmp_path: Path) -> None:
     torch.save(plain.state_dict(), tmp_path / "clip.pt")
     result = run("import", "clip", name, "--pretrained", tmp_path / "clip.pt", "--out", tmp_path / "clip")
     assert result.exit_code == 0, result.exception
+    assert "A clip: model clip, step 0" in (tmp_path / "clip" / "report.html").read_text()
     (tmp_path / "clip.pt").unlink()  # the artifact is self-contained
     model, manifest = artifact.load(tmp_path / "clip", kind="clip")
     assert f"wrote {tmp_path / 'clip' / 'artifact-00000000'}" in result.output

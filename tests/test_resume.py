@@ -96,6 +96,7 @@ def test_a_signal_after_the_last_step_ends_a_run_that_only_has_to_be_finished(
     run = data / "signal" / "late"
     assert json.loads((run / "stopped.json").read_text())["signal"] == signal.SIGTERM
     assert not (run / "artifact").exists()
+    assert "this run has not finished" in (run / "report.html").read_text()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # they were ignored, as this process was to end
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

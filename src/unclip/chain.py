@@ -226,6 +226,7 @@ class Chain:
         self, jobs: Sequence[Job], text: Cond, negative: Cond | None, how: Sampling, batches: Batches
     ) -> list[Tensor]:
         """The prior's z_i (B, D) of jobs with these embedded captions, batch by batch."""
+
         def prior(rows: list[int], on_step: OnStep) -> Tensor:
             return self.sample_prior(text.rows(rows), [jobs[i].seed for i in rows], how.prior, negative, on_step)
 

@@ -165,11 +165,30 @@ def find_latents(
 def caption_latents(
     chain: Chain, captions: Sequence[str], seed: int, how: Sampling, batches: Batches, *, noisy: bool
 ) -> Latents:
-    """The prior's z_i of captions and, where ``noisy``, the x_T that the decoder starts from; the seeds are ``seed``, ``seed`` + 1, ..."""
+    """The prior's z_i of captions and, where ``noisy``, the decoder's x_T of their seeds ``seed``, ``seed`` + 1, ..."""
     jobs = [Job(seed + i) for i in range(len(captions))]
     z_i = torch.cat(chain.draw_z_i(jobs, chain.embed_texts(captions, batches), None, how, batches)).cpu()
     noise = Noise([job.seed for job in jobs]).branch("decoder")
     return Latents(z_i, noise.normal((3, *chain.base_size(how)), "x_T") if noisy else None)
+
+
+def latents_of_ends(
+    chain: Chain,
+    pictures: Tensor | None,
+    captions: Sequence[str],
+    seed: int,
+    how: Sampling,
+    batches: Batches,
+    *,
+    noisy: bool,
+) -> Latents:
+    """Of pictures, then of captions: what an interpolation goes through, with x_T where ``noisy``."""
+    parts = []
+    if pictures is not None and len(pictures):
+        parts.append(find_latents(chain, pictures, None, how, batches, invert=noisy))
+    if captions:
+        parts.append(caption_latents(chain, captions, seed, how, batches, noisy=noisy))
+    return Latents.cat(parts)
 
 
 def variation_jobs(latents: Latents, captions: Sequence[str] | None, num: int, seed: int, eta: float) -> list[Job]:

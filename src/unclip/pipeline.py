@@ -18,9 +18,7 @@ from unclip.jobs import Job, Picture, Sampling
 from unclip.loading import Memory, OnDemand, folders_of, read_stage
 from unclip.manipulate import (
     DEFAULT_THETAS,
-    Latents,
     batches_for,
-    caption_latents,
     check_captions,
     check_num,
     check_pictures,
@@ -30,6 +28,7 @@ from unclip.manipulate import (
     inpainting_jobs,
     interpolation_jobs,
     invertible,
+    latents_of_ends,
     need_image,
     slerp,
     text_difference,
@@ -212,12 +211,8 @@ class UnCLIP(Chain):
         batches.meter.total += self._total((ends - 1) * (frames - 1) + 1, full)
 
         def jobs() -> list[Job]:
-            parts: list[Latents] = []
-            if pictures is not None and shown:
-                parts.append(find_latents(self, pictures, None, full, batches, invert=noise == "slerp"))
-            if captions:
-                parts.append(caption_latents(self, captions, seed, full, batches, noisy=noise == "slerp"))
-            return interpolation_jobs(Latents.cat(parts), frames, seed)
+            ends = latents_of_ends(self, pictures, captions, seed, full, batches, noisy=noise == "slerp")
+            return interpolation_jobs(ends, frames, seed)
 
         return self._lazily(jobs, full, batches)
 

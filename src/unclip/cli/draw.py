@@ -72,7 +72,9 @@ def interpolate(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="File with a caption a line, each one more end after the pictures."),
+        typer.Option(
+            exists=True, dir_okay=False, help="File with a caption a line, each one more end after the pictures."
+        ),
     ] = None,
     num: Annotated[int, typer.Option(min=2, help="Pictures from one to the next, with both ends.")] = 9,
     noise: Annotated[str, typer.Option(help="slerp: between the pictures' own noise; fixed: the seed's.")] = "slerp",
