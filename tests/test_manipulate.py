@@ -96,6 +96,9 @@ def counted(chain: UnCLIP, name: str) -> list[tuple[int, int]]:
         "generate": lambda p: chain.generate(["a", "b"], num=2, batch_size=3, progress=p),
         "vary": lambda p: chain.vary(PICTURES, num=2, how=HOW, batch_size=4, progress=p),
         "interpolate": lambda p: chain.interpolate(PICTURES, frames=3, how=HOW, batch_size=4, progress=p),
+        "interpolate captions": lambda p: chain.interpolate(
+            PICTURES[:2], captions=["a cube"], frames=3, how=HOW, batch_size=4, progress=p
+        ),
         "edit": lambda p: chain.edit(
             PICTURES[0], "a cube", thetas=(0, 0.1), how=replace(HOW, refinements=2), progress=p
         ),
@@ -112,6 +115,7 @@ def counted(chain: UnCLIP, name: str) -> list[tuple[int, int]]:
         ("generate", 4 * (3 + 3 + 3)),
         ("vary", 3 * 4 + 6 * (4 + 3)),
         ("interpolate", 3 * 4 + 5 * (4 + 3)),
+        ("interpolate captions", 2 * 4 + 3 + 5 * (4 + 3)),
         ("edit", 2 * 4 + 2 * (4 + 3)),
         ("mix", 2 * 3 + 2 * (3 + 3)),
         ("inpaint", 2 * (3 + 3 + 3)),
@@ -270,6 +274,7 @@ def test_a_negative_caption_acts_through_guidance(chain: UnCLIP):
             "refinements is 0; each step backwards needs at least",
         ),
         (lambda c: c.interpolate(PICTURES[:1]), "1 pictures and captions are too few to go from one to the next"),
+        (lambda c: c.interpolate(PICTURES[:0], captions=["a", "b"]), "there are no pictures; give at least one"),
         (lambda c: c.interpolate(captions=["a cube"]), "1 pictures and captions are too few"),
         (lambda c: c.interpolate(PICTURES[:1], captions=[""]), "caption 1 of 1 is empty"),
         (

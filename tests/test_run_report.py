@@ -117,6 +117,18 @@ def test_a_full_disk_costs_the_page_only(run: Path, monkeypatch: pytest.MonkeyPa
     assert not (run / "report.html").exists()
 
 
+def test_a_damaged_log_costs_the_page_only(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    rows = run / "metrics.jsonl"
+    rows.write_text('{"step": 1, "tr\n' + rows.read_text())
+    (run / "report.html").unlink(missing_ok=True)
+    monkeypatch.setattr("unclip.report.run.log.disabled", False)
+    report_quietly(run)
+    assert "report.html could not be written" in caplog.text
+    assert not (run / "report.html").exists()
+
+
 def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "report.html").write_text("old")
     monkeypatch.setattr(page_module.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))

@@ -71,7 +71,7 @@ def test_the_loader_waits_for_what_its_workers_cannot_make(scaling: Any):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_the_documented_tables_are_what_the_script_prints(scaling: Any):
     page = (ROOT / "docs" / "scaling.md").read_text()
     for lines in (scaling.days_table(), scaling.memory_table(), scaling.failure_table(), scaling.loader_table()):

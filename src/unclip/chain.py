@@ -225,7 +225,7 @@ class Chain:
     def draw_z_i(
         self, jobs: Sequence[Job], text: Cond, negative: Cond | None, how: Sampling, batches: Batches
     ) -> list[Tensor]:
-        """The prior's z_i (B, D) of jobs with these embedded captions, batch by batch."""
+        """The prior's z_i of jobs with these embedded captions: parts (b, D), one for each batch."""
 
         def prior(rows: list[int], on_step: OnStep) -> Tensor:
             return self.sample_prior(text.rows(rows), [jobs[i].seed for i in rows], how.prior, negative, on_step)

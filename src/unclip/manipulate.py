@@ -72,12 +72,12 @@ class Latents:
         return cls(torch.cat([part.image_emb for part in parts]), torch.cat(noises) if noises else None)
 
 
-def check_pictures(pictures: Tensor, at_least: int = 1) -> Tensor:
+def check_pictures(pictures: Tensor) -> Tensor:
     """uint8 (B, 3, H, W), or ConfigError."""
     if pictures.dtype != torch.uint8 or pictures.ndim != 4 or pictures.shape[1] != 3:
         raise ConfigError(f"pictures must be uint8 (B, 3, H, W), not {pictures.dtype} {tuple(pictures.shape)}")
-    if len(pictures) < at_least:
-        raise ConfigError(f"{len(pictures)} pictures are too few; give at least {at_least}")
+    if not len(pictures):
+        raise ConfigError("there are no pictures; give at least one")
     return pictures
 
 
@@ -184,7 +184,7 @@ def latents_of_ends(
 ) -> Latents:
     """Of pictures, then of captions: what an interpolation goes through, with x_T where ``noisy``."""
     parts = []
-    if pictures is not None and len(pictures):
+    if pictures is not None:
         parts.append(find_latents(chain, pictures, None, how, batches, invert=noisy))
     if captions:
         parts.append(caption_latents(chain, captions, seed, how, batches, noisy=noisy))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unclip.artifact import MANIFEST, Manifest, read_manifest
-from unclip.errors import ArtifactError, ConfigError
+from unclip.errors import ArtifactError, ConfigError, UnclipError
 from unclip.report.curves import draw_curves
 from unclip.report.lineage import ancestors, draw_lineage, find_nodes, siblings
 from unclip.report.page import folded, heading, paragraph, picture, read_json, read_rows, table, write_page
@@ -54,14 +54,14 @@ def run_parts(run: Path) -> list[str]:
 
 
 def report_quietly(run: Path) -> None:
-    """:func:`write_run_report` where the run itself is what counts: on a full disk there is a warning, and no page.
+    """:func:`write_run_report` where the run itself is what counts: a full disk or a damaged file costs the page, with a warning.
 
     A folder in which nothing has been written yet gets none either.
     """
     try:
         if is_run(run):
             write_run_report(run)
-    except OSError as error:
+    except (OSError, ValueError, KeyError, UnclipError) as error:
         log.warning("%s could not be written (%s); `unclip report %s` writes it later", run / FILE, error, run)
 
 
