@@ -204,9 +204,7 @@ class UnCLIP(Chain):
             self._need_prior("interpolate between captions")
         ends = shown + len(captions)
         if ends < 2:
-            raise ConfigError(
-                f"{ends} pictures and captions are too few to go from one to the next; give at least 2 in all"
-            )
+            raise ConfigError(f"{ends} pictures and captions are too few to go from one to the next; give at least 2")
         inverted = shown if noise == "slerp" else 0
         batches.meter.total = inverted * self.num_steps("inversion", full)
         batches.meter.total += len(captions) * self.num_steps("prior", full)
