@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 from unclip.cli import job
 from unclip.errors import ConfigError
 from unclip.job_notes import ERROR, STOPPED, job_id, note, noted
+
+REPORT = ("unclip", "report")
 
 
 @pytest.fixture
@@ -101,6 +104,28 @@ def test_a_wrong_setting_ends_the_job(slurm: Path, caplog: pytest.LogCaptureFixt
     assert run(slurm, 1) == 1
     assert calls(slurm, "scontrol") == []
     assert f"not started again: optim.lr='fast' is not a valid float ({slurm}/run/error.json). Mend it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((*REPORT, "nowhere"), "nowhere is not a folder"),
+        ((*REPORT, "nowhere", "--bogus"), "the command line is refused"),
+        (("train-prior", "experiment=tpyo"), "the command line is refused"),
+        (("train-prior", "data.path=nowhere", "optim.lr=fast"), "optim.lr"),
+    ],
+)
+def test_whatever_command_the_job_runs_what_is_wrong_with_it_ends_the_job(
+    slurm: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], message: str
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setenv("UNCLIP_RUN", str(slurm / "run"))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    (slurm / "srun").write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    code = job.run_job([*words, f"run={slurm / 'run'}"] if words[0] != "unclip" else list(words))
+    assert code != 0
+    assert calls(slurm, "scontrol") == []
+    assert f"not started again: {message}" in caplog.text
 
 
 def test_the_error_of_another_job_in_the_folder_says_nothing(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:

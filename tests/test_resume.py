@@ -1,5 +1,6 @@
 """A training command that is killed with SIGKILL and started again ends with the very same weights."""
 
+import contextlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from tests_support import TINY, command, environment, run_command
 from unclip.callbacks import SampleSheet, StopOnLimitOrSignal
 from unclip.cli.train import CONF, forced
 from unclip.config import typed
+from unclip.stages.base import Stage
 from unclip.stages.upsampler import UpsamplerStage
 from unclip.train import UpsamplerTrainConfig, train
 
@@ -42,14 +44,15 @@ def arguments(stage: str, run: str) -> list[str]:
 def stop_in_training(
     given: list[str], cwd: Path, checkpoint: Path, number: signal.Signals = signal.SIGKILL
 ) -> tuple[int, int]:
-    """Start a command and signal it as soon as a checkpoint beyond the second step stands; that step and the exit code."""
+    """Start a command and signal it, with its workers, once a checkpoint beyond the second step stands; that step and the
+    exit code."""
     with subprocess.Popen(
-        [command(given[0]), *given[1:]], cwd=cwd, env=environment(), stderr=subprocess.PIPE
+        [command(given[0]), *given[1:]], cwd=cwd, env=environment(), stderr=subprocess.PIPE, start_new_session=True
     ) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None:
             if checkpoint.exists() and (step := torch.load(checkpoint, weights_only=True)["global_step"]) > 2:
-                process.send_signal(number)
+                os.killpg(process.pid, number)
                 return step, process.wait(timeout=60)
             time.sleep(0.02)
         process.kill()
@@ -110,6 +113,41 @@ def test_a_signal_after_the_last_step_ends_a_run_that_only_has_to_be_finished(
     assert (run / "artifact").exists()
 
 
+def test_a_validation_that_a_run_died_before_is_made_up_and_none_is_made_twice(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(data)
+    val_every = ["trainer.val_every=4", "trainer.checkpoint_every=1", "trainer.max_steps=12", "logger=none"]
+
+    def trained(name: str, dies_at: str = "", step: int = 0) -> dict[int, list[float]]:
+        """Train, or until the hook ``dies_at`` of this step; the validation errors in metrics.jsonl, by step."""
+        with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+            given = [forced(word) for word in [*arguments("upsampler", f"validation/{name}")[1:], *val_every]]
+            cfg = typed(compose("train_upsampler", given), UpsamplerTrainConfig)
+
+        def dying(stage: UpsamplerStage, *args: Any) -> None:
+            if stage.global_step == step:
+                raise KeyError("killed")
+            getattr(Stage, dies_at)(stage, *args)
+
+        with monkeypatch.context() as context:
+            if dies_at:
+                context.setattr(UpsamplerStage, dies_at, dying)
+            with pytest.raises(KeyError, match="killed") if dies_at else contextlib.nullcontext():
+                train(cfg)
+        rows = [json.loads(line) for line in (data / f"validation/{name}/metrics.jsonl").read_text().splitlines()]
+        return {s: [row["val/mse"] for row in rows if row["step"] == s and "val/mse" in row] for s in (4, 8, 12)}
+
+    whole = trained("whole")
+    assert [len(found) for found in whole.values()] == [1, 1, 1]
+    assert not trained("before", "on_validation_start", 8)[8]
+    assert trained("before") == whole
+    assert trained("after", "on_train_batch_start", 8)[8] == whole[8]
+    assert trained("after") == whole
+    assert not trained("last", "on_validation_start", 12)[12]
+    assert trained("last") == whole
+
+
 def test_a_second_sigint_ends_at_once_if_the_first_does_not_help(monkeypatch: pytest.MonkeyPatch):
     """But not one that a launcher passes on after the terminal's own."""
     clock = SimpleNamespace(now=100.0)
@@ -124,17 +162,20 @@ def test_a_second_sigint_ends_at_once_if_the_first_does_not_help(monkeypatch: py
         stop._note(signal.SIGINT, None)
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number: signal.Signals, data: Path):
-    run = f"signal/{number.name}"
-    given, checkpoint = [*arguments("upsampler", run)], data / run / "checkpoints" / "last.ckpt"
+def test_a_signal_ends_a_run_with_a_checkpoint_of_its_last_step(number: signal.Signals, workers: int, data: Path):
+    """A terminal and SLURM signal a loader's workers too."""
+    run = f"signal/{number.name}-{workers}"
+    given = [*arguments("upsampler", run), f"data.num_workers={workers}"]
+    checkpoint = data / run / "checkpoints" / "last.ckpt"
     seen_at, code = stop_in_training(given, data, checkpoint, number)
     assert code == 128 + number
     stopped_at = torch.load(checkpoint, weights_only=True)["global_step"]
     assert seen_at <= stopped_at < STEPS
     run_command(*given, cwd=data)
     run_command(*arguments("upsampler", "signal/none"), cwd=data)
-    weights = [(data / f"signal/{n}" / "artifact" / "weights.safetensors").read_bytes() for n in (number.name, "none")]
+    weights = [(data / path / "artifact" / "weights.safetensors").read_bytes() for path in (run, "signal/none")]
     assert weights[0] == weights[1]
 
 

@@ -30,6 +30,12 @@ def note(run: Path, name: str, **what: Any) -> None:
     os.replace(draft, run / name)
 
 
+def note_error(error: Exception) -> None:
+    """``error.json`` in the run of this job (UNCLIP_RUN, from ``unclip job``); nothing outside of one."""
+    if (run := os.environ.get("UNCLIP_RUN")) and job_id():
+        note(Path(run), ERROR, kind=type(error).__name__, message=str(error))
+
+
 def noted(run: Path, name: str, job: str) -> dict[str, Any] | None:
     """What ``job`` noted under this name, if it did. What is wrong for one task of an array is wrong for all."""
     try:

@@ -82,6 +82,11 @@ class JsonlLogger(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The settings stand in ``config.yaml``."""
 
+    def validation(self, step: int) -> dict[str, float]:
+        """What the validation at this step found; empty if there was none."""
+        found = [row for row in self.rows() if row["step"] == step]
+        return {name: value for row in found for name, value in row.items() if name.startswith("val/")}
+
     def rows(self) -> list[dict[str, float]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 

@@ -22,7 +22,7 @@ from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.data.degrade import Degrade
 from unclip.errors import ConfigError
 from unclip.job_notes import ERROR
-from unclip.loggers import MlflowRun, WandbRun, make_loggers
+from unclip.loggers import JsonlLogger, MlflowRun, WandbRun, make_loggers
 from unclip.models import CLIPConfig, DecoderConfig, ModelConfig, UpsamplerConfig, build, name_of
 from unclip.models.interface import PriorConfig
 from unclip.models.lora import add_lora, merge_lora
@@ -153,6 +153,7 @@ def train(cfg: TrainConfig) -> Path:
         stage = stage_class(model, cfg.trainer, cfg.optim, cfg.seed)
         data.set_start(start)
         trainer = _trainer(cfg, run, start, data, title=f"{kind} in {run}")
+        _recall_validation(stage, trainer, start)
         size = artifact.describe(stage.model)
         log.info("%s: %.1f M parameters, from step %d", kind, size["trainable"] / 1e6, start)
         stop = next(found for found in trainer.callbacks if isinstance(found, StopOnLimitOrSignal))  # type: ignore[attr-defined]
@@ -264,6 +265,13 @@ def _check_ranks(cfg: TrainConfig) -> None:
                 f"{name}={number}{why}, but this SLURM job has {variable}={given}; let them agree, "
                 "or submit by train.sbatch or launch=slurm, which see to it"
             )
+
+
+def _recall_validation(stage: Stage, trainer: pl.Trainer, start: int) -> None:
+    """So that a validation whose results stand in ``metrics.jsonl`` is not repeated."""
+    for logger in trainer.loggers:
+        if isinstance(logger, JsonlLogger) and (found := logger.validation(start)):
+            stage.validated_at, stage.val_metrics = start, found
 
 
 def _close(trainer: pl.Trainer, code: int) -> None:

@@ -15,8 +15,10 @@ from unclip.cli.karlo import import_karlo
 from unclip.cli.latents import edit_verdict, pca_probe, reconstruct, typographic_probe
 from unclip.cli.options import Out, Runs, Seed
 from unclip.cli.probing import binding_probe, busy_probe, sweep_probe, words_probe
-from unclip.errors import ConfigError, told_to_the_user
+from unclip.errors import ArtifactError, ConfigError, told_to_the_user
+from unclip.job_notes import note_error
 
+USAGE = 2  # typer's exit code for a command line that it refuses
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 data = typer.Typer(no_args_is_help=True, help="Make data sets: webdataset shards with an index.")
 imports = typer.Typer(no_args_is_help=True, help="Turn foreign weights and embeddings into ours.")
@@ -44,7 +46,15 @@ def main() -> None:
     """Run the command line; errors for users end in one message and exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
     with told_to_the_user():
-        app()
+        try:
+            app()
+        except (ConfigError, ArtifactError) as error:
+            note_error(error)
+            raise
+        except SystemExit as end:
+            if end.code == USAGE:
+                note_error(ConfigError("the command line is refused; the log says why"))
+            raise
 
 
 @data.command()

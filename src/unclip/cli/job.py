@@ -34,7 +34,7 @@ def run_job(command: list[str]) -> int:
     for name in (ERROR, STOPPED):
         if noted(run, name, job):
             (run / name).unlink()
-    code = _srun(command)
+    code = _srun(command, run)
     if code == 0:
         (run / failures_file).unlink(missing_ok=True)
         return 0
@@ -95,9 +95,9 @@ def _max_restarts() -> int:
     return int(text)
 
 
-def _srun(command: list[str]) -> int:
+def _srun(command: list[str], run: Path) -> int:
     """All tasks; the first that fails ends the others. Training is told how many ranks the job gives it."""
-    environment = dict(os.environ)
+    environment = {**os.environ, "UNCLIP_RUN": str(run)}
     if cpus := environment.get("SLURM_CPUS_PER_TASK"):  # srun does not take it over by itself
         environment = {"OMP_NUM_THREADS": cpus, "SRUN_CPUS_PER_TASK": cpus, **environment}
     if Path(command[0]).name.startswith("train-"):

@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from unclip.errors import ArtifactError, ConfigError, DivergedError, told_to_the_user
-from unclip.job_notes import ERROR, note
+from unclip.job_notes import ERROR, note, note_error
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -126,8 +126,12 @@ def _main(root: str, run: Callable[[DictConfig], Any]) -> None:
     sys.argv[1:] = [forced(argument) for argument in sys.argv[1:]]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
 
+    composed = False
+
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=root)
     def command(raw: DictConfig) -> None:
+        nonlocal composed
+        composed = True
         with told_to_the_user(), _noted(raw):
             _drop_launch(raw)
             try:
@@ -139,7 +143,12 @@ def _main(root: str, run: Callable[[DictConfig], Any]) -> None:
                     raise
                 logging.getLogger(__name__).warning("%s: %s", raw.run, error)
 
-    command()
+    try:
+        command()
+    except SystemExit as end:
+        if end.code and not composed:
+            note_error(ConfigError("the command line is refused; the log says why"))
+        raise
 
 
 def _drop_launch(raw: DictConfig) -> None:

@@ -1,6 +1,8 @@
 """Batches made ahead of their use, by worker processes or a thread."""
 
+import os
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -12,6 +14,24 @@ from unclip.data.batch import Batch
 
 PREFETCH = 2  # batches made ahead by the background thread, or by each worker
 T = TypeVar("T")
+
+
+def only_from_above(worker: int) -> None:
+    """In a loader's worker: leave signals to the main process.
+
+    SLURM and terminals send theirs to every process. The main one notes it, and then needs batches until all ranks have saved.
+    Only its own SIGTERM, sent when it ends, ends a worker; torch's handler would die of anyone's.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    threading.Thread(target=_until_told, daemon=True).start()
+
+
+def _until_told() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Batches(IterableDataset):

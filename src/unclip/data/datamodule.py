@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from unclip import artifact
-from unclip.data.ahead import PREFETCH, Batches
+from unclip.data.ahead import PREFETCH, Batches, only_from_above
 from unclip.data.batch import Batch
 from unclip.data.embeddings import Embeddings, lengths
 from unclip.data.mixture import Mixture
@@ -344,6 +344,7 @@ class UnclipData(pl.LightningDataModule):
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=only_from_above,
         )
 
 

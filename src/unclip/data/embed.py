@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from unclip import artifact
 from unclip.config import Precision
-from unclip.data.ahead import PREFETCH, Batches
+from unclip.data.ahead import PREFETCH, Batches, only_from_above
 from unclip.data.batch import Batch
 from unclip.data.datamodule import trim
 from unclip.data.embeddings import COLUMNS, EMPTY_CAPTION, lengths
@@ -268,7 +268,8 @@ def _encoded(
 
     if cfg.num_workers:
         batches = Batches(read, 0, len(chunks))
-        loader = DataLoader(batches, batch_size=None, num_workers=cfg.num_workers, prefetch_factor=PREFETCH)
+        settings = {"num_workers": cfg.num_workers, "prefetch_factor": PREFETCH, "worker_init_fn": only_from_above}
+        loader = DataLoader(batches, batch_size=None, **settings)
         parts = map(encode, loader)
     elif device.type == "cpu":  # one batch a core: no thread waits for another within an operation
         parts = in_order(lambda step: encode(read(step)), range(len(chunks)), torch.get_num_threads())

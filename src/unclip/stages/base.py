@@ -164,7 +164,18 @@ class Stage(pl.LightningModule):
             else contextlib.nullcontext()
         )
 
+    def on_fit_start(self) -> None:
+        self.validated_at, self.val_metrics = self.trainer.strategy.broadcast((self.validated_at, self.val_metrics))
+
     def on_train_start(self) -> None:
+        """A run that ended between a checkpoint and the validation that was due then has it before it goes on."""
+        step = self.global_step
+        if step and step % self.trainer_cfg.val_every == 0 and self.validated_at != step:
+            self.trainer.validating = True
+            val_loop = self.trainer.fit_loop.epoch_loop.val_loop
+            val_loop.restarting = False
+            val_loop.run()
+            self.trainer.training = True
         self.clock = time.monotonic()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
