@@ -387,11 +387,3 @@ def test_the_cases_are_fixed_and_the_oracle_reads_them():
     judged = _judged(found[:40], read_scenes([case.picture for case in found[:40]]))
     assert judged["colour_as_before"]["share"] == judged["shape_kept"]["share"] == 1
     assert judged["colour_turned"]["share"] == judged["both"]["share"] == 0
-
-
-def test_psnr_of_known_errors():
-    from unclip.cli.reconstruct import psnr
-
-    true = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    assert psnr(true, [torch.full((3, 4, 4), 255, dtype=torch.uint8)] * 2) == pytest.approx(0)
-    assert psnr(true, [torch.full((3, 4, 4), 51, dtype=torch.uint8)] * 2) == pytest.approx(13.979, abs=1e-3)

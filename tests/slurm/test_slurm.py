@@ -59,10 +59,12 @@ class Job:
     root: Path
     run: str
     steps: int
+    strategy: str = "auto"
 
     def __post_init__(self) -> None:
         size = ["-N2", "--ntasks-per-node=2", *CPU]
         script = [str(SCRIPTS / "train.sbatch"), *TRAIN, f"trainer.max_steps={self.steps}", f"run={self.run}"]
+        script.append(f"trainer.strategy={self.strategy}")
         self.id = self.slurm.ask("sbatch", "--parsable", *size, *script, cwd=self.root)
         self.restarts = 0
 
@@ -225,6 +227,39 @@ def test_twenty_interruptions_change_nothing(slurm: Cluster, root: Path):
     slurm.wait(long.id, calm.id, seconds=1200)
     assert slurm.states(long.id) == ["REQUEUED"] * 20 + ["COMPLETED"]
     assert weights(root / "long") == weights(root / "calm")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_sharded_run_of_two_nodes_interrupted_twice_ends_with_the_weights_of_an_undisturbed_one(
+    slurm: Cluster, root: Path
+):
+    cut, calm = (Job(slurm, root, run, STEPS, "fsdp2") for run in ("cut-shards", "calm-shards"))
+    cut.interrupt(Job.signalled)
+    cut.interrupt(Job.rank_killed)
+    slurm.wait(cut.id, calm.id, seconds=1200)
+    assert slurm.states(cut.id) == ["REQUEUED"] * 2 + ["COMPLETED"]
+    assert weights(root / "cut-shards") == weights(root / "calm-shards")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_sweep_is_an_array_whose_signalled_trial_goes_on(slurm: Cluster, root: Path):
+    given = [f"trainer.max_steps={STEPS}", "optim.lr=1e-3,1e-4", "hydra.sweeper.objective=val/mse"]
+    sweep = hydra(slurm, root, *TRAIN, *given, "sweep=grid", "run=sweep", "launch.folder=jobs")
+    trials = [root / "sweep" / str(number) for number in range(2)]
+    deadline = time.monotonic() + 400
+    while not all((trial / "checkpoints" / "last.ckpt").exists() for trial in trials) and sweep.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    found = slurm.ask("squeue", "-h", "--array", "-o", "%i").split()
+    slurm.ask("scancel", "--signal=USR1", sorted(found)[0])
+    said = ended(sweep)
+    assert "exit code 0" in said
+    assert sorted(slurm.states(sorted(found)[0].partition("_")[0])) == ["COMPLETED", "COMPLETED", "REQUEUED"]
+    table = (root / "sweep" / "trials.csv").read_text().splitlines()
+    assert table[0] == "trial,optim.lr,val/mse"
+    assert sorted(row[0] for row in table[1:]) == ["0", "1"]
 
 
 @pytest.mark.slow
