@@ -302,6 +302,32 @@ def test_two_users_at_once_get_their_own_pictures(browser: Any, server: Server):
             assert {from_png(content).caption for content in pictures(page, "generate")} == {caption}
 
 
+def test_who_leaves_while_pictures_are_drawn_keeps_nobody_waiting_and_leaves_no_file(browser: Any, server: Server):
+    with visit(browser, server) as ada, visit(browser, server) as bob:
+        fill(ada, "generate-caption", "a green ring")
+        ada.locator("#generate-start").click()
+        wait_for(ada, "generate", "Done: 4 pictures")
+        open_tab(ada, "Vary")
+        ada.locator("#vary-picture input[type=file]").set_input_files(
+            {"name": "a.png", "mimeType": "image/png", "buffer": png((30, 200, 30))}
+        )
+        ada.locator("#vary-picture img").wait_for(state="attached")
+        ada.locator("#vary-advanced button").first.click()
+        fill(ada, "vary-steps", "1000")
+        ada.locator("#vary-start").click()
+        began = time.monotonic()
+        step, total = map(int, re.findall(r"step (\d+) of (\d+)", wait_for(ada, "vary", r"step [1-9]\d* of"))[0])
+        left = (time.monotonic() - began) * (total - step) / step
+        assert len(list(server.files.rglob("unclip-*.png"))) == 4
+        ada.close()
+        gone = time.monotonic()
+        fill(bob, "generate-caption", "a blue cone")
+        bob.locator("#generate-start").click()
+        wait_for(bob, "generate", "Done: 4 pictures")
+        assert time.monotonic() - gone < left / 2
+        assert len(list(server.files.rglob("unclip-*.png"))) == 4, "the other visitor's"
+
+
 def test_runs_are_shown_with_curves_and_lineage(browser: Any, server: Server, runs: Path):
     with visit(browser, server) as page:
         open_tab(page, "Runs")
