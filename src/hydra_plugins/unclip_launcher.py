@@ -21,6 +21,8 @@ ConfigStore.instance().store(group="hydra/launcher", name="unclip_slurm", node=S
 class SlurmLauncher(Launcher):
     """Submits jobs and waits for them; their settings are ``launch.*``, see ``unclip.cli.launch``."""
 
+    at_a_time = 1000  # jobs of one array, less than clusters allow; launch.parallel of them run together
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 

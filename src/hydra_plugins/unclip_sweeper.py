@@ -34,13 +34,13 @@ class SweeperConfig:
     """``params``: setting to value or to a sweep in Hydra's grammar (``1,2``, ``interval(0,1)``); the command line wins.
 
     ``objective`` names a metric of the trained artifact (``val/mse``) or a measure of an evaluation (``cosine_to_true``).
-    ``parallel`` trials are given to the launcher at a time.
+    ``parallel`` trials are given to the launcher at a time; 0: one, but all of a grid to launch=slurm, as one array of jobs.
     """
 
     _target_: str = MISSING
     objective: str = MISSING
     maximize: bool = False
-    parallel: int = 1
+    parallel: int = 0
     params: dict[str, Any] = field(default_factory=dict)
 
 
@@ -111,14 +111,19 @@ class FolderSweeper(Sweeper):
     def _run_all(self, fixed: list[str], varied: dict[str, Override]) -> None:
         """Run the trials that are not finished."""
 
+    def _by_default(self) -> int:
+        """Trials at a time where ``parallel`` is 0."""
+        return 1
+
     def _run(self, trials: "Sequence[Trial]") -> None:
         """Launch some trials; what could not even start leaves no trace."""
         waiting = [trial for trial in trials if not trial.finished]
         for trial in waiting:
             trial.write()
+        number = self.parallel or self._by_default()
         try:
-            for first in range(0, len(waiting), max(1, self.parallel)):
-                batch = waiting[first : first + max(1, self.parallel)]
+            for first in range(0, len(waiting), number):
+                batch = waiting[first : first + number]
                 jobs = [[*trial.overrides, f"++run={trial.folder}"] for trial in batch]
                 log.info("trials %s", ", ".join(f"{t.number}: {' '.join(t.own)}" for t in batch))
                 for result in self.launcher.launch(jobs, initial_job_idx=batch[0].number):
@@ -144,6 +149,9 @@ class GridSweeper(FolderSweeper):
         for trial in trials:
             trial.check_own()
         self._run(trials)
+
+    def _by_default(self) -> int:
+        return getattr(self.launcher, "at_a_time", 1)
 
 
 class OptunaSweeper(FolderSweeper):

@@ -12,6 +12,7 @@ from unclip.diffusion import DiffusionConfig, GaussianDiffusion, Noise, Predict,
 MEAN, STD, DIM, ROWS = 0.2, 0.3, 16, 4096
 COSINE, LINEAR, ZERO, FLOW = ScheduleName
 EPS, X0, V, U = Predict
+LOGIT_NORMAL = Timesteps.logit_normal
 SHIFTED = 256  # pixels
 
 
@@ -108,6 +109,33 @@ def test_the_loss_at_the_optimum_is_the_closed_form(combination, resolution, exa
     expected, error = closed_form(diffusion)
     assert error < 0.07 * expected
     assert abs(loss - expected) < 3 * error
+
+
+@pytest.mark.parametrize("combination", [c for c in ALLOWED if c[1] is not FLOW and c[3] is not LOGIT_NORMAL], ids=name)
+def test_learned_variances_leave_the_error_as_it_is_and_add_a_bound_that_no_weighting_changes(
+    combination, exact_net, means
+):
+    """What the bound is at the optimum stands in test_gaussian.py, for every parametrisation and schedule."""
+    predict, schedule, weighting, timesteps = combination
+    noise = Noise.at(0, range(64))
+    x0 = MEAN + STD * noise.normal((DIM,), "data")
+
+    def losses(weighting, learned):
+        cfg = DiffusionConfig(
+            predict=predict,
+            schedule=schedule,
+            weighting=weighting,
+            timesteps=timesteps,
+            learned_variance=learned,
+            clip_range=1.0,
+        )
+        diffusion = GaussianDiffusion(cfg)
+        return diffusion.losses(exact_net(diffusion, STD), x0, means(MEAN, rows=64), noise)
+
+    found = losses(weighting, learned=True)
+    assert set(found) == {"mse", "vlb"}
+    assert found["mse"] == losses(weighting, learned=False)["mse"]
+    assert found["vlb"] == losses(Weighting.simple, learned=True)["vlb"]
 
 
 @pytest.mark.parametrize("predict", [EPS, X0, V])

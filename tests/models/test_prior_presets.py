@@ -61,8 +61,9 @@ def test_karlos_prior_has_the_published_count():
 def test_laions_prior():
     """Blocks of 12 w² each; LAION's own net has one key and value for all heads and gated perceptrons, so another count."""
     _, prior, count = preset("laion_prior", VIT_L_14)
-    assert sum(p.numel() for p in prior.net.transformer_blocks.parameters()) == 12 * (12 * 768**2 + 13 * 768)
-    assert 85e6 < count < 95e6
+    blocks = 12 * (12 * 768**2 + 13 * 768)
+    assert sum(p.numel() for p in prior.net.transformer_blocks.parameters()) == blocks
+    assert count == blocks + 6 * (768**2 + 768) + (81 + 4) * 768  # linear layers; positions, query, null and a norm
     assert prior.embedding_scale == pytest.approx(768**0.5, abs=1e-4)
     assert prior.net.cfg.width // prior.net.cfg.num_heads == 64
 

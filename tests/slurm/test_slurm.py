@@ -256,8 +256,6 @@ def test_a_sweep_is_an_array_whose_signalled_trial_goes_on(slurm: Cluster, root:
     slurm.ask("scancel", "--signal=USR1", sorted(found)[0])
     said = ended(sweep)
     assert "exit code 0" in said
-    print(found, slurm.ask("sacct", "-D", "-X", "-n", "-P", "-o", "JobID,State"), (root / "jobs").rglob("*.out"))
-    print(*[p.read_text() for p in (root / "jobs").rglob("*log.out")])
     assert sorted(slurm.states(sorted(found)[0].partition("_")[0])) == ["COMPLETED", "COMPLETED", "REQUEUED"]
     table = (root / "sweep" / "trials.csv").read_text().splitlines()
     assert table[0] == "trial,optim.lr,val/mse"
