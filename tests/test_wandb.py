@@ -2,9 +2,11 @@
 
 import json
 import shlex
+import shutil
 import socket
 import struct
 import sys
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 from tests_support import TINY, kill_beyond
 from wandb.proto import wandb_internal_pb2 as pb
+from wandb_server import wandb_server
 
 from unclip.artifact import read_manifest
 from unclip.cli import train as commands
@@ -75,6 +78,11 @@ def killed_twice(tmp_path_factory: pytest.TempPathFactory) -> Path:
         kill_beyond(first + 3, checkpoint, ["train-upsampler", *given], root)
         patch.setattr(sys, "argv", ["train-upsampler", *given])
         commands.train_upsampler()
+    last = max(run.glob("wandb/offline-run-*/run-*.wandb"))
+    deadline = time.monotonic() + 60  # wandb's own process writes it a little later
+    while not any(row.get("train/mse") and row["trainer/global_step"] == STEPS for row in history(last)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     return run
 
 
@@ -121,9 +129,35 @@ def test_sync_prints_what_is_needed_without_a_route(
     assert "http://127.0.0.1:9 cannot be reached" in said
     commanded = shlex.split(said.splitlines()[-1])
     assert commanded[:2] == ["wandb", "sync"]
-    assert commanded[2:] == [str(path) for path in sorted(killed_twice.glob("wandb/offline-run-*"))]
+    begun = [path.parent for path in sorted(killed_twice.glob("wandb/offline-run-*/*.wandb")) if any(records(path))]
+    assert commanded[2:] == [str(path) for path in begun]
     with pytest.raises(ConfigError, match="holds no offline run of wandb"):
         sync_run(killed_twice.parent)
+
+
+def test_sync_sends_every_step_once(killed_twice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """wandb's own client, and a stand-in for its server."""
+    run = tmp_path / "up"
+    shutil.copytree(killed_twice, run)
+    begun_only = run / "wandb" / "offline-run-20200101_000000-killed"
+    begun_only.mkdir()
+    (begun_only / "run-killed.wandb").write_bytes(b":W&B\0\0\0")
+    with wandb_server() as server:
+        for name, value in {"BASE_URL": server.url, "API_KEY": "a" * 40}.items():
+            monkeypatch.setenv(f"WANDB_{name}", value)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert sync_run(run) is True
+        assert server.names == {(run / "wandb-id.txt").read_text()}
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for kind in ("train/mse", "val/mse"):
+            sent = {row["_step"]: row[kind] for row in server.history if kind in row}
+            assert sent == pytest.approx({row["step"]: row[kind] for row in rows if kind in row})
+        steps = [row["_step"] for row in server.history]
+        assert steps == sorted(set(steps))
+        shutil.copytree(killed_twice, tmp_path / "again")
+        server.refuses = True
+        assert sync_run(tmp_path / "again") is False
 
 
 def test_wandb_stays_offline_where_there_is_no_route(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):

@@ -20,6 +20,16 @@ def folders(run: Path) -> list[Path]:
     return sorted(path.parent for path in run.glob("wandb/offline-run-*/run-*.wandb"))
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether the folder says of which run it is; one of a start that was killed at once says nothing."""
+    return any(record.WhichOneof("record_type") == "run" for _, record in _records(folder))
+
+
+def is_sent(folder: Path) -> bool:
+    """Whether wandb has marked the folder as sent."""
+    return any(folder.glob("*.synced"))
+
+
 def history(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Where each row of metrics begins in the file, and the row; a file cut short by a kill ends at its last whole record."""
     for place, record in _records(folder):

@@ -14,9 +14,9 @@ from unclip.loggers import reachable, wandb_url
 
 
 def sync_run(run: Path) -> bool:
-    """Send the offline folders of ``run``, oldest first: they are one run with one id. False, and the command to copy, where
-    the server cannot be reached or nobody is logged in."""
-    folders = wandb_files.folders(run)
+    """Send the offline folders of ``run``, oldest first: they are one run with one id. False where wandb did not send
+    them all, and, with the command to copy, where the server cannot be reached or nobody is logged in."""
+    folders = [folder for folder in wandb_files.folders(run) if wandb_files.is_begun(folder)]
     if not folders:
         raise ConfigError(f"{run} holds no offline run of wandb; runs with logger=wandb have one in RUN/wandb")
     arguments = ["sync", *map(str, folders)]
@@ -25,7 +25,8 @@ def sync_run(run: Path) -> bool:
         typer.echo(f"{lacking}; then run, here or on a machine that has these folders:")
         typer.echo(shlex.join(["wandb", *arguments]))
         return False
-    return subprocess.run([sys.executable, "-m", "wandb", *arguments], check=False).returncode == 0
+    subprocess.run([sys.executable, "-m", "wandb", *arguments], check=False)  # its exit code is 0 whatever happens
+    return all(wandb_files.is_sent(folder) for folder in folders)
 
 
 def _lacking() -> str:
