@@ -64,11 +64,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 
 
-def run_command(*arguments: str, cwd: Path, code: int = 0) -> str:
+def run_command(*arguments: str, cwd: Path, code: int = 0, seconds: float = 240) -> str:
     """Run one command, check its exit code, and return what it printed."""
     done = subprocess.run(
         [command(arguments[0]), *arguments[1:]],
-        cwd=cwd, capture_output=True, text=True, timeout=240, env=environment(), check=False,
+        cwd=cwd, capture_output=True, text=True, timeout=seconds, env=environment(), check=False,
     )  # fmt: skip
     said = done.stdout + done.stderr
     assert done.returncode == code, f"{' '.join(arguments)} ended with {done.returncode}:\n{said[-3000:]}"

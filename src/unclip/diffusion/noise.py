@@ -12,9 +12,6 @@ from torch import Tensor
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-# Not within a compiled graph: there torch 2.14 takes the strides of a draw's words from an earlier draw of another shape.
-_uncompiled = torch.compiler.disable
-
 
 class Noise:
     """One independent source of numbers per sample, read through named streams.
@@ -32,7 +29,6 @@ class Noise:
         self.run_seed = 0
 
     @classmethod
-    @_uncompiled
     def at(cls, seed: int, positions: Sequence[int], device: torch.device | str = "cpu") -> "Noise":
         """The noise of the samples at these global positions of a run's endless stream."""
         noise = cls([], device)
@@ -48,7 +44,6 @@ class Noise:
     def device(self) -> torch.device:
         return self.seeds.device
 
-    @_uncompiled
     def branch(self, name: str) -> "Noise":
         """Other numbers for the same samples: two stages that both read "x_T" must not start from the same noise."""
         child = Noise([], self.device)
@@ -56,7 +51,6 @@ class Noise:
         child.positions, child.run_seed = self.positions, self.run_seed ^ _named(name)
         return child
 
-    @_uncompiled
     def repeat(self, k: int) -> "Noise":
         """k samples for each one, row i * k + j being candidate j of sample i (as `repeat_interleave` orders them).
 
@@ -71,13 +65,11 @@ class Noise:
             child.positions = (self.positions[:, None] * k + candidate).flatten()
         return child
 
-    @_uncompiled
     def uniform(self, shape: tuple[int, ...], stream: str) -> Tensor:
         """(B, *shape) float32 in [0, 1), multiples of 2^-24."""
         bits = self._bits(math.prod(shape), stream)
         return _unit(bits).reshape(len(self), *shape)
 
-    @_uncompiled
     def normal(self, shape: tuple[int, ...], stream: str) -> Tensor:
         """(B, *shape) float32 from N(0, 1), by the transform of Box & Muller (1958): two normals from 64 bits."""
         size = math.prod(shape)
@@ -88,7 +80,6 @@ class Noise:
         pair = torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())], dim=1)
         return pair[:, :size].reshape(len(self), *shape)
 
-    @_uncompiled
     def low_discrepancy(self, shape: tuple[int, ...], stream: str) -> Tensor:
         """(B, *shape) float32 in [0, 1): the golden-ratio sequence at the samples' positions, with a random start.
 

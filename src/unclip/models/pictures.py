@@ -86,4 +86,5 @@ def crop(image: Tensor, top: Tensor, left: Tensor, size: int) -> Tensor:
     rows = (top[:, None] + span)[:, :, None]
     columns = (left[:, None] + span)[:, None, :]
     batch = torch.arange(len(image), device=image.device)[:, None, None]
-    return image.permute(0, 2, 3, 1)[batch, rows, columns].permute(0, 3, 1, 2)
+    cut = image.permute(0, 2, 3, 1)[batch, rows, columns].permute(0, 3, 1, 2)
+    return cut.contiguous()  # else CPUs would go on in channels_last, in which their GroupNorm is slow
