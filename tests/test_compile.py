@@ -4,9 +4,23 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from tests_support import TINY, run_command
 
+from unclip.diffusion.noise import Noise
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
+def test_draws_of_several_lengths_are_the_same_in_compiled_code():
+    """As graphs they were not: the third one took the strides of the second."""
+
+    def draw(noise: Noise) -> list[torch.Tensor]:
+        return [noise.uniform((), "a"), noise.uniform((2,), "b"), noise.normal((3, 8, 8), "c")]
+
+    noise = Noise.at(0, range(8))
+    for ours, theirs in zip(draw(noise), torch.compile(draw)(noise), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,9 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from torch import Tensor
 # SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators"); GOLDEN: 2^64 / golden ratio.
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _uncompiled(draw: F) -> F:
+    """Not in a compiled graph: torch 2.14 makes one for the first lengths it sees, and its strides are wrong for others."""
+    return cast(F, torch.compiler.disable(draw))
 
 
 class Noise:
@@ -29,6 +37,7 @@ class Noise:
         self.run_seed = 0
 
     @classmethod
+    @_uncompiled
     def at(cls, seed: int, positions: Sequence[int], device: torch.device | str = "cpu") -> "Noise":
         """The noise of the samples at these global positions of a run's endless stream."""
         noise = cls([], device)
@@ -44,6 +53,7 @@ class Noise:
     def device(self) -> torch.device:
         return self.seeds.device
 
+    @_uncompiled
     def branch(self, name: str) -> "Noise":
         """Other numbers for the same samples: two stages that both read "x_T" must not start from the same noise."""
         child = Noise([], self.device)
@@ -51,6 +61,7 @@ class Noise:
         child.positions, child.run_seed = self.positions, self.run_seed ^ _named(name)
         return child
 
+    @_uncompiled
     def repeat(self, k: int) -> "Noise":
         """k samples for each one, row i * k + j being candidate j of sample i (as `repeat_interleave` orders them).
 
@@ -65,11 +76,13 @@ class Noise:
             child.positions = (self.positions[:, None] * k + candidate).flatten()
         return child
 
+    @_uncompiled
     def uniform(self, shape: tuple[int, ...], stream: str) -> Tensor:
         """(B, *shape) float32 in [0, 1), multiples of 2^-24."""
         bits = self._bits(math.prod(shape), stream)
         return _unit(bits).reshape(len(self), *shape)
 
+    @_uncompiled
     def normal(self, shape: tuple[int, ...], stream: str) -> Tensor:
         """(B, *shape) float32 from N(0, 1), by the transform of Box & Muller (1958): two normals from 64 bits."""
         size = math.prod(shape)
@@ -80,6 +93,7 @@ class Noise:
         pair = torch.cat([radius * angle.cos(), radius.mul_(angle.sin_())], dim=1)
         return pair[:, :size].reshape(len(self), *shape)
 
+    @_uncompiled
     def low_discrepancy(self, shape: tuple[int, ...], stream: str) -> Tensor:
         """(B, *shape) float32 in [0, 1): the golden-ratio sequence at the samples' positions, with a random start.
 
