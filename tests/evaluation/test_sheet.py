@@ -91,3 +91,12 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         save_picture(Image.fromarray(flat(9)), path)
     assert (np.asarray(Image.open(path)) == 7).all()
     assert [p.name for p in path.parent.iterdir()] == ["sheet.png"]
+
+
+@pytest.mark.parametrize("letter", "θηéжΩ")
+def test_captions_and_titles_have_their_letters(letter: str):
+    def drawn(text: str) -> bytes:
+        return draw_gallery([(text, np.zeros((8, 8, 3), np.uint8))]).tobytes()
+
+    assert drawn(letter) != drawn("\uffff"), "the box of a letter that the font lacks"
+    assert drawn(letter) != drawn(" ")

@@ -1,6 +1,7 @@
 """Contact sheets: captions and pictures on one page."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 MARGIN, LINE = 6, 14
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which comes with matplotlib: θ and η, accents, Greek and Cyrillic, which Pillow's own font lacks."""
+    import matplotlib
+
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def draw_table(
@@ -26,7 +35,7 @@ def draw_table(
 
 
 def _block(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[str], cell: int) -> Image.Image:
-    font = ImageFont.load_default(11)
+    font = _font(10)
     text_width = 230
     page = Image.new(
         "RGB",
@@ -48,7 +57,7 @@ def _block(rows: Sequence[tuple[str, Sequence[np.ndarray]]], columns: Sequence[s
 
 def draw_gallery(pictures: Sequence[tuple[str, np.ndarray]], per_row: int = 8, cell: int = 128) -> Image.Image:
     """Pictures in rows, each with its caption below."""
-    font = ImageFont.load_default(10)
+    font = _font(9)
     lines = 3
     num_rows = -(-len(pictures) // per_row)
     step_x, step_y = cell + MARGIN, cell + MARGIN + lines * LINE
@@ -78,7 +87,7 @@ def text_tile(text: str, size: int = 96) -> np.ndarray:
     page = Image.new("RGB", (size, size), "white")
     draw = ImageDraw.Draw(page)
     for k, line in enumerate(_wrap(text, size // 6)[: size // LINE]):
-        draw.text((0, k * LINE), line, fill="black", font=ImageFont.load_default(10))
+        draw.text((0, k * LINE), line, fill="black", font=_font(9))
     return np.asarray(page)
 
 
