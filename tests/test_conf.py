@@ -191,6 +191,7 @@ def test_sam_is_refused_where_gradients_are_sharded():
         (["trainer.strategy=fsdp"], "take fsdp2, which replaces fsdp"),
         (["trainer.strategy=deepspeed"], "not one of auto, ddp, fsdp2"),
         (["trainer.strategy=fsdp2", "trainer.compile=true"], "leave one of them out"),
+        (["trainer.strategy=fsdp2", "optim.muon_lr=0.02"], "Muon needs whole matrices"),
         (["trainer.checkpoint=whole"], "not one of auto, sharded, full"),
         (["trainer.checkpoint=sharded"], r"only trainer\.strategy=fsdp2 has shares to write"),
         (["trainer.strategy=fsdp2", "model.lora_rank=2"], r"take trainer\.strategy=ddp"),

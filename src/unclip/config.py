@@ -51,7 +51,8 @@ class OptimConfig:
     power-function averages of these relative widths (Karras et al. 2024: [0.05, 0.1]); every ``ema_snapshot_every`` steps
     the run keeps them (0: only at its end), and `unclip ema` makes an average of any width of them. ``sam_rho`` > 0 takes
     each gradient at the worst point of that distance (sharpness-aware minimisation; the paper's CLIP: 0.1), which costs a
-    second pass. ``layer_decay`` < 1 multiplies the rate of a layer by it for each layer above (CLIP only).
+    second pass. ``layer_decay`` < 1 multiplies the rate of a layer by it for each layer above (CLIP only). ``muon_lr`` > 0 trains
+    matrices and convolutions by Muon with that rate (0.02 is usual) instead of AdamW's; embeddings, norms and biases stay.
     """
 
     lr: float = 1.2e-4
@@ -68,10 +69,13 @@ class OptimConfig:
     ema_snapshot_every: int = field(default=0, metadata=FREE)
     sam_rho: float = 0.0
     layer_decay: float = 1.0
+    muon_lr: float = 0.0
 
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise ConfigError(f"optim.lr={self.lr} must be positive")
+        if self.muon_lr < 0:
+            raise ConfigError(f"optim.muon_lr={self.muon_lr} is a learning rate: 0 leaves all weights to AdamW")
         if self.sam_rho < 0:
             raise ConfigError(f"optim.sam_rho={self.sam_rho} is a distance: 0 switches it off")
         if not 0 < self.layer_decay <= 1:

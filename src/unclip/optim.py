@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from unclip.config import Decay, OptimConfig
 from unclip.ema import exponent
 from unclip.errors import ConfigError
+from unclip.muon import is_hidden_matrix, muon_step
 
 
 class AdamWEMA(torch.optim.AdamW):
@@ -31,12 +32,21 @@ class AdamWEMA(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One AdamW step, then ema <- decay * ema + (1 - decay) * weights with decay = min(limit, (1 + n) / (10 + n)).
+        """One step of AdamW, or of Muon for groups with ``muon``; then the averages.
 
+        ema <- decay * ema + (1 - decay) * weights with decay = min(limit, (1 + n) / (10 + n)).
         The profiles' decay is (1 - 1 / n)^(gamma + 1) (Karras et al. 2024, eq. 2), also in a step without gradients.
         """
-        result = super().step(closure)
-        for group in self.param_groups:
+        every = self.param_groups
+        self.param_groups = [group for group in every if not group.get("muon")]
+        try:
+            result = super().step(closure)
+        finally:
+            self.param_groups = every
+        for group in every:
+            if group.get("muon"):
+                muon_step(group, self.state)
+        for group in every:
             n = group["updates"] = group["updates"] + 1
             weights = [p for p in group["params"] if p.grad is not None]
             if self.ema_decay and weights:
@@ -102,21 +112,29 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> AdamWEMA:
     """AdamW over the trainable weights; weight decay applies to matrices and convolutions, not to biases, norms and tables.
 
     Tables are embeddings: a row that no caption used would otherwise decay to nothing. Each group's ``lr_scale`` is what
-    ``optim.layer_decay`` makes of its layers. Scalars have groups of their own: FSDP2 cannot shard them.
+    ``optim.layer_decay`` makes of its layers, times ``muon_lr / lr`` for those that Muon trains. Scalars have groups of their own:
+    FSDP2 cannot shard them.
     """
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     scales = _learning_rate_scales(model, cfg.layer_decay)
-    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, float, bool, bool], list[nn.Parameter]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             decays = p.ndim >= 2 and id(p) not in tables
-            groups.setdefault((scales.get(name, 1.0), not decays, p.ndim == 0), []).append(p)
+            muon = bool(cfg.muon_lr) and decays and is_hidden_matrix(p)
+            scale = scales.get(name, 1.0) * (cfg.muon_lr / cfg.lr if muon else 1.0)
+            groups.setdefault((muon, scale, not decays, p.ndim == 0), []).append(p)
     if not groups:
         raise ConfigError("nothing is left to train: all weights are frozen")
     return AdamWEMA(
         [
-            {"params": groups[key], "weight_decay": 0.0 if key[1] else cfg.weight_decay, "lr_scale": key[0]}
-            for key in sorted(groups)
+            {
+                "params": groups[muon, scale, plain, scalar],
+                "weight_decay": 0.0 if plain else cfg.weight_decay,
+                "lr_scale": scale,
+                "muon": muon,
+            }
+            for muon, scale, plain, scalar in sorted(groups)
         ],
         cfg,
     )

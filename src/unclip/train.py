@@ -65,6 +65,11 @@ class TrainConfig:
                 "optim.sam_rho with trainer.strategy=fsdp2: each rank climbs by its own whole gradient, "
                 "which sharded training never has; take trainer.strategy=ddp, or optim.sam_rho=0"
             )
+        if self.optim.muon_lr and self.trainer.strategy == "fsdp2":
+            raise ConfigError(
+                "optim.muon_lr with trainer.strategy=fsdp2: Muon needs whole matrices, of which each rank has a share; take "
+                "trainer.strategy=ddp, or optim.muon_lr=0"
+            )
 
 
 @dataclass
