@@ -120,7 +120,7 @@ class FolderSweeper(Sweeper):
         waiting = [trial for trial in trials if not trial.finished]
         for trial in waiting:
             trial.write()
-        number = self.parallel or self._by_default()
+        number = max(1, self.parallel or self._by_default())
         try:
             for first in range(0, len(waiting), number):
                 batch = waiting[first : first + number]
