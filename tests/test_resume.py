@@ -23,7 +23,7 @@ from unclip.stages.upsampler import UpsamplerStage
 from unclip.train import UpsamplerTrainConfig, train
 
 pytestmark = pytest.mark.timeout(300)
-STEPS = 30
+STEPS = 100  # enough for a signal to fall into on a busy machine
 COMMANDS = {"clip": "train-clip", "prior": "train-prior", "decoder": "train-decoder", "upsampler": "train-upsampler"}
 
 
