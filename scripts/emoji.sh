@@ -1,28 +1,29 @@
 #!/usr/bin/env bash
 # The whole chain on real pictures, by the commands that a user would type.
-# usage: scripts/emoji.sh [MINUTES] [FOLDER]     minutes of training in all, 55 by default
+# usage: scripts/emoji.sh [MINUTES] [FOLDER]     minutes of training in all, 75 by default
 set -euo pipefail
 cd "$(dirname "$0")/.."
-minutes=${1:-55}
+minutes=${1:-75}
 runs=${2:-runs/emoji}
 source scripts/timed.sh
 
 data=$runs/data/64
 embedded=(data.path="$data" data.embeddings="$runs/embeddings")
-train_upsampler() {
-  run train-upsampler run="$runs/upsampler" data.path="$data" experiment=emoji_upsampler trainer.max_minutes="$(share 0.12)"
+train_judge() { # another CLIP, which looks at the drawn pictures
+  run train-clip run="$runs/judge" seed=1 data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.1)"
 }
-train_prior_and_judge() { # the judge is another CLIP, which looks at the drawn pictures
-  run train-prior run="$runs/prior" "${embedded[@]}" experiment=emoji_prior trainer.max_minutes="$(share 0.12)"
-  run train-clip run="$runs/judge" seed=1 data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.3)"
+train_upsampler() {
+  run train-upsampler run="$runs/upsampler" data.path="$data" experiment=emoji_upsampler trainer.max_minutes="$(share 0.07)"
 }
 
 run unclip data emoji --out "$runs/data" --sizes 64
-run_beside train_upsampler \
-  train-clip run="$runs/clip" data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.13)"
+run_beside train_judge \
+  train-clip run="$runs/clip" data.path="$data" experiment=emoji_clip trainer.max_minutes="$(share 0.1)"
 run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$data" precision=bf16
-run_beside train_prior_and_judge \
-  train-decoder run="$runs/decoder" "${embedded[@]}" experiment=emoji_decoder trainer.max_minutes="$(share 0.87)"
+run_beside train_upsampler \
+  train-prior run="$runs/prior" "${embedded[@]}" experiment=emoji_prior trainer.max_minutes="$(share 0.07)"
+run_on_all_cores \
+  train-decoder run="$runs/decoder" "${embedded[@]}" experiment=emoji_decoder trainer.max_minutes="$(share 0.83)"
 run unclip compare --from "$runs" --data "$data/test_styles" --out "$runs/test_styles.png" --num 40
 run unclip measure --from "$runs" --data "$data" --judge "$runs/judge"
 finish

@@ -34,6 +34,15 @@ run_beside() {
   return "$status"
 }
 
+# run_on_all_cores COMMAND...: training with a process for each of two cores where there is no GPU, for the same reason
+run_on_all_cores() {
+  local ranks=1
+  [[ $threads -ge 2 && $(python -c 'import torch; print(torch.accelerator.is_available())') == False ]] && ranks=2
+  export OMP_NUM_THREADS=$((threads / ranks))
+  run "$@" trainer.devices="$ranks"
+  export OMP_NUM_THREADS=$threads
+}
+
 cpu_seconds() { # user and system time of all finished commands; `times` must not run in a subshell, which has spent none
   times >"$runs/times.txt"
   cpu=$(awk 'NR == 2 { for (i = 1; i <= 2; i++) { split($i, t, /[ms]/); s += 60 * t[1] + t[2] } printf "%.0f", s }' "$runs/times.txt")
