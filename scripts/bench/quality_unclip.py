@@ -31,7 +31,7 @@ from unclip.optim import clip_gradients, learning_rate, make_optimizer
 
 
 class Unclip:
-    """What both stages share: a step in bf16 autocast with AdamW, whose state holds the averaged weights."""
+    """What both stages share: a step in bf16 autocast with AdamW (the decoder's matrices: Muon), whose state holds the averaged weights."""
 
     chosen: dict[str, int] = {}  # noqa: RUF012  (nothing is searched for on this side)
     settings: dict[str, Any]
@@ -46,7 +46,7 @@ class Unclip:
     def step(self, rows: Rows, chosen: np.ndarray, positions: list[int], progress: float) -> None:
         batch = self.batch(rows, chosen, positions)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.optim, self.steps, progress)
+            group["lr"] = group["lr_scale"] * learning_rate(self.optim, self.steps, progress)
         with torch.autocast(rows.device.type, torch.bfloat16):
             losses = self.model.losses(batch, Noise.at(self.seed, positions, rows.device))
             loss = torch.stack(list(losses.values())).sum()
@@ -124,7 +124,9 @@ class UnclipDecoder(Unclip):
             diffusion=diffusion,
             drop_image=0.1,
         )
-        self.optim = OptimConfig(lr=1.5e-3, weight_decay=0.01, warmup_steps=100, decay=Decay.cosine, ema_decay=0.998)
+        self.optim = OptimConfig(
+            lr=1.5e-3, muon_lr=0.02, weight_decay=0.01, warmup_steps=100, decay=Decay.cosine, ema_decay=0.998
+        )
         self.settings = {"optim": plain(self.optim), "drop_image": 0.1, "batch": shape["batch"], "predict": "x0"}
         self.model = Decoder(cfg, Interface(**facts["widths"]))
         return self.model
@@ -142,7 +144,7 @@ class UnclipDecoder(Unclip):
 
 def plain(optim: OptimConfig) -> dict[str, Any]:
     """What a piece says of the optimiser; its learning rate is the piece's own."""
-    names = ("beta1", "beta2", "eps", "weight_decay", "warmup_steps", "grad_clip", "ema_decay")
+    names = ("muon_lr", "beta1", "beta2", "eps", "weight_decay", "warmup_steps", "grad_clip", "ema_decay")
     return {name: vars(optim)[name] for name in names} | {"decay": optim.decay.value}
 
 
