@@ -31,7 +31,7 @@ from unclip.optim import clip_gradients, learning_rate, make_optimizer
 
 
 class Unclip:
-    """What both stages share: a step in bf16 autocast with AdamW (the decoder's matrices: Muon), whose state holds the averaged weights."""
+    """What both stages share: a step in bf16 autocast, with Muon for the decoder's matrices, and averaged weights."""
 
     chosen: dict[str, int] = {}  # noqa: RUF012  (nothing is searched for on this side)
     settings: dict[str, Any]
@@ -39,6 +39,7 @@ class Unclip:
     optim: OptimConfig
 
     def start(self, lr: float, seed: int) -> None:
+        self.optim.muon_lr *= lr / self.optim.lr  # one search for both
         self.optim.lr, self.seed, self.steps = lr, seed, 0
         self.optimizer = make_optimizer(self.model, self.optim)
         self.parameters: list[nn.Parameter] = list(self.model.parameters())
