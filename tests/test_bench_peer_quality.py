@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,7 +57,11 @@ def test_smoke_trains_and_judges_both_stages():
     if PEER.exists():
         wanted |= {f"{name}_dalle2_pytorch" for name in measures}
         wanted |= {"prior_time_to_peer_quality", "decoder_time_to_peer_quality"}
-        wanted |= {"prior_time_to_peer_cosine", "prior_time_to_peer_recall_1"}
+        wanted |= {
+            "prior_time_to_peer_cosine",
+            "prior_time_to_peer_recall_1",
+            "sampling_to_equal_kid_vs_dalle2_pytorch",
+        }
     assert {key for key, value in said.items() if key != "settings" and isinstance(value, dict)} == wanted
     for figure in wanted:
         assert said[figure]["min"] <= said[figure]["median"] <= said[figure]["max"]
@@ -66,10 +71,10 @@ def test_smoke_trains_and_judges_both_stages():
 
 
 def point(pieces: ModuleType, part: int, values: dict[str, float], *, steps: int = 16, shift: float = 0.0) -> Any:
-    """A point after 10 seconds a part, whose halves lie ``shift`` beside the whole by turns."""
+    """A point after 10 seconds a part, drawn in a second a step; its halves lie ``shift`` beside the whole by turns."""
     signs = [(-1) ** i for i in range(pieces.HALVES)]
     halves = {name: [value + sign * shift for sign in signs] for name, value in values.items()}
-    return pieces.Point(part, 10.0 * part, steps, values, halves)
+    return pieces.Point(part, 10.0 * part, steps, float(steps), values, halves)
 
 
 def curve(pieces: ModuleType, name: str, *values: float, shift: float = 0.0) -> list[Any]:
@@ -87,9 +92,28 @@ def test_the_time_to_a_quality_is_that_of_the_first_point_that_reaches_it(pieces
 
 def test_the_speedup_is_the_peers_whole_time_over_our_first_time(pieces: ModuleType):
     theirs = curve(pieces, "kid", 300.0, 200.0, 150.0, 100.0)
-    assert pieces.speedup(curve(pieces, "kid", 120.0, 90.0, 80.0, 70.0), theirs, ("kid",)) == 40 / 20
-    assert pieces.speedup(curve(pieces, "kid", 100.0, 90.0), theirs, ("kid",)) == 40 / 10
-    assert pieces.speedup(curve(pieces, "kid", 300.0, 101.0), theirs, ("kid",)) == 0, "never"
+    assert pieces.speedup(("kid",), curve(pieces, "kid", 120.0, 90.0, 80.0, 70.0), theirs) == 40 / 20
+    assert pieces.speedup(("kid",), curve(pieces, "kid", 100.0, 90.0), theirs) == 40 / 10
+    assert pieces.speedup(("kid",), curve(pieces, "kid", 300.0, 101.0), theirs) == 0, "never"
+
+
+def test_drawing_is_compared_at_equal_kid(pieces: ModuleType):
+    theirs = [point(pieces, 4, {"kid": 100.0}, steps=250), point(pieces, 4, {"kid": 90.0}, steps=20)]
+    ours = [point(pieces, 4, {"kid": kid}, steps=n) for n, kid in ((16, 80.0), (2, 130.0), (4, 100.0), (8, 85.0))]
+    ours += [point(pieces, 3, {"kid": 10.0}, steps=2)]
+    assert pieces.drawing_speedup(250, ours, theirs) == 250 / 4
+    assert pieces.drawing_speedup(250, ours[:2], theirs) == 250 / 16
+    assert pieces.drawing_speedup(250, ours[1:2], theirs) == 0, "never"
+
+
+def test_our_end_is_drawn_with_ever_more_steps_until_it_is_as_good(bench: ModuleType, pieces: ModuleType):
+    plan = bench.plans(smoke=False, minutes=None)[1]
+    ours, goal = pieces.Piece("decoder", "unclip", 20.0, 0, 1.5e-3), {"kid": 100.0}
+    kids = {2: 150.0, 3: 120.0, 4: 99.0}
+    points: list[Any] = []
+    while (wanted := plan.next_point(ours, points, goal)) is not None:
+        points.append(point(pieces, wanted[0], {"kid": kids.get(wanted[1], 90.0)}, steps=wanted[1]))
+    assert [(p.part, p.steps) for p in points] == [(16, 16), (1, 16), (2, 16), (16, 2), (16, 3), (16, 4)]
 
 
 def test_the_peers_best_sampler_counts(pieces: ModuleType):
@@ -104,16 +128,17 @@ def test_the_peers_best_sampler_counts(pieces: ModuleType):
 
 def test_the_interval_covers_seeds_and_samples(pieces: ModuleType):
     theirs = curve(pieces, "kid", 300.0, 200.0, 150.0, 100.0)
+    by_kid = partial(pieces.speedup, ("kid",))
     fast, slow = curve(pieces, "kid", 100.0), curve(pieces, "kid", 200.0, 100.0)
-    assert pieces.interval([(fast, theirs)] * 3, ("kid",)) == {"median": 4.0, "min": 4.0, "max": 4.0}
-    assert pieces.interval([(fast, theirs), (fast, theirs), (slow, theirs)], ("kid",)) == {
+    assert pieces.interval([(fast, theirs)] * 3, by_kid) == {"median": 4.0, "min": 4.0, "max": 4.0}
+    assert pieces.interval([(fast, theirs), (fast, theirs), (slow, theirs)], by_kid) == {
         "median": 4.0, "min": 2.0, "max": 4.0
     }  # fmt: skip
     # on every other half of the samples the first point misses the goal, which is then reached at the second
     unsure = [*curve(pieces, "kid", 95.0, shift=10.0), point(pieces, 2, {"kid": 80.0})]
-    assert pieces.interval([(unsure, theirs)] * 3, ("kid",)) == {"median": 4.0, "min": 2.0, "max": 4.0}
+    assert pieces.interval([(unsure, theirs)] * 3, by_kid) == {"median": 4.0, "min": 2.0, "max": 4.0}
     never = curve(pieces, "kid", 200.0)
-    assert pieces.interval([(never, theirs)] * 2, ("kid",)) == {"median": 0.0, "min": 0.0, "max": 0.0}
+    assert pieces.interval([(never, theirs)] * 2, by_kid) == {"median": 0.0, "min": 0.0, "max": 0.0}
 
 
 def test_halves_vary_as_the_mean_of_all_does(pieces: ModuleType):

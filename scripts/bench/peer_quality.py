@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,13 @@ from quality_pieces import (
     Point,
     Records,
     best_rate,
+    drawing_speedup,
     final,
     interval,
     reached_twice,
+    reaches,
     selected,
+    speedup,
 )
 from turns import report
 
@@ -49,7 +53,8 @@ Rates = tuple[float, float, float]
 
 @dataclass
 class Plan:
-    """What one stage does on both sides. ``curve``: steps of each side's sampler; ``readme``: those of the peer's README."""
+    """What one stage does on both sides. ``curve``: steps of each side's sampler; ``readme``: those of the peer's README;
+    ``fewer``: those of ours that are tried for a picture as good as the peer's."""
 
     stage: str
     minutes: float
@@ -58,6 +63,7 @@ class Plan:
     curve: dict[str, int]
     readme: int
     guidance: float
+    fewer: tuple[int, ...]
     every: bool
     parts: int = PARTS
 
@@ -74,16 +80,21 @@ class Plan:
         """Part and steps of the sampler that are to be judged next; None when the piece is done.
 
         The peer: its end with the README's steps, then end and middle with fewer. Ours: the end, then part after part until
-        two in a row have reached ``goal``; without a goal the middle. With ``every`` all parts of both.
+        two in a row have reached ``goal``; without a goal the middle. With ``every`` all parts of both. Then our end with
+        ``fewer`` steps, until it has reached ``goal``.
         """
         parts, steps = self.parts_of(piece), self.curve[piece.side]
         wanted = [(parts, steps), (-(-parts // 2), steps)]
         if self.every or (piece.side == OURS and goal is not None):
             wanted = [(part, steps) for part in (parts, *range(1, parts))]
-        if piece.side == OURS and goal is not None and reached_twice(points, goal) and not self.every:
+        curve = [point for point in points if point.steps == steps]
+        if piece.side == OURS and goal is not None and reached_twice(curve, goal) and not self.every:
             wanted = wanted[:1]
         if piece.side == THEIRS and piece.seed != TUNING_SEED:
             wanted.insert(0, (parts, self.readme))
+        if piece.side == OURS and goal is not None:
+            reached = {p.steps for p in points if p.part == parts and reaches(p.values, goal)}
+            wanted += [(parts, few) for few in self.fewer if not reached or few <= min(reached)]
         judged = {(point.part, point.steps) for point in points}
         return next((point for point in wanted if point not in judged), None)
 
@@ -111,9 +122,12 @@ def plans(smoke: bool, minutes: float | None, every: bool = False) -> list[Plan]
         "prior": {OURS: (1.7e-4, 5e-4, 1.5e-3), THEIRS: (1e-4, 3e-4, 9e-4)},
         "decoder": {OURS: (5e-4, 1.5e-3, 4.5e-3), THEIRS: (1e-4, 3e-4, 9e-4)},
     }
-    steps = {"prior": ({OURS: 16, THEIRS: 16}, 64, 1.0), "decoder": ({OURS: 16, THEIRS: 20}, 250, 2.0)}
+    steps = {
+        "prior": ({OURS: 16, THEIRS: 16}, 64, 1.0, ()),
+        "decoder": ({OURS: 16, THEIRS: 20}, 250, 2.0, (2, 3, 4, 6, 8, 12)),
+    }
     if smoke:
-        steps = {stage: ({OURS: 2, THEIRS: 3}, 4, guidance) for stage, (_, _, guidance) in steps.items()}
+        steps = {stage: ({OURS: 3, THEIRS: 3}, 4, scale, fewer[:1]) for stage, (_, _, scale, fewer) in steps.items()}
     return [
         Plan(stage, minutes or budgets[stage], shapes[stage], rates[stage], *steps[stage], every, 4 if smoke else PARTS)
         for stage in MEASURES
@@ -202,7 +216,7 @@ class Bench:
             took = self.workers[piece.side].ask("sample", weights=str(weights), how=how, out=str(drawn))["seconds"]
             values, halves = self.judge(piece.stage, np.load(drawn))
             seconds = record["training"]["snapshots"][part - 1]["seconds"]
-            self.records.add(piece, Point(part, seconds, steps, values, halves))
+            self.records.add(piece, Point(part, seconds, steps, took, values, halves))
             say(
                 f"{piece.name}, part {part} after {seconds:.0f} s, {steps} steps: {brief(values)}; drawn in {took:.0f} s"
             )
@@ -253,10 +267,13 @@ class Bench:
         if not ours:
             return found
         pairs = [(self.records.points(piece), by_seed[piece.seed]) for piece in ours]
+        curves = [([p for p in own if p.steps == plan.curve[OURS]], peer) for own, peer in pairs]
         names = MEASURES[plan.stage]
-        found[f"{plan.stage}_time_to_peer_quality"] = interval(pairs, names)
+        found[f"{plan.stage}_time_to_peer_quality"] = interval(curves, partial(speedup, names))
         for name in names if len(names) > 1 else ():
-            found[f"{plan.stage}_time_to_peer_{name}"] = interval(pairs, (name,))
+            found[f"{plan.stage}_time_to_peer_{name}"] = interval(curves, partial(speedup, (name,)))
+        if plan.fewer:
+            found["sampling_to_equal_kid_vs_dalle2_pytorch"] = interval(pairs, partial(drawing_speedup, plan.readme))
         return found
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Point:
-    """What one snapshot reached. ``seconds``: of training until then; ``steps``: those that the sampler was asked for.
+    """What one snapshot reached. ``seconds``: of training until then; ``steps``: those that the sampler was asked for;
+    ``drawing``: seconds in which it drew all samples.
 
     ``halves``: each measure on the same HALVES halves of the samples, whose spread is that of the whole (see :func:`halves`).
     """
@@ -42,8 +43,12 @@ class Point:
     part: int
     seconds: float
     steps: int
+    drawing: float
     values: dict[str, float]
     halves: dict[str, list[float]]
+
+
+Pair = tuple[Sequence[Point], Sequence[Point]]  # our points and the peer's
 
 
 class Records:
@@ -130,8 +135,18 @@ def final(points: Sequence[Point], replicate: int | None = None) -> tuple[float,
     return drawn[0].seconds, best
 
 
+def drawing_speedup(readme: int, ours: Sequence[Point], theirs: Sequence[Point], replicate: int | None = None) -> float:
+    """The peer's seconds of drawing with its README's steps, over ours with the fewest steps whose KID is no higher, both from
+    the last snapshot; 0 if none is."""
+    (peer,) = [point for point in theirs if point.steps == readme]
+    last = max(point.part for point in ours)
+    goal = _value(peer, replicate)
+    reached = [p for p in ours if p.part == last and reaches(_value(p, replicate), goal)]
+    return peer.drawing / min(reached, key=lambda point: point.steps).drawing if reached else 0.0
+
+
 def speedup(
-    ours: Sequence[Point], theirs: Sequence[Point], names: Sequence[str], replicate: int | None = None
+    names: Sequence[str], ours: Sequence[Point], theirs: Sequence[Point], replicate: int | None = None
 ) -> float:
     """The peer's whole time over our first time at or beyond its final values of ``names``; 0 if we never get there."""
     seconds, values = final(theirs, replicate)
@@ -139,18 +154,21 @@ def speedup(
     return seconds / time_to(((p.seconds, _value(p, replicate)) for p in ours), goal)
 
 
-def interval(pairs: Sequence[tuple[Sequence[Point], Sequence[Point]]], names: Sequence[str]) -> dict[str, float]:
-    """Median over seeds of :func:`speedup`, ours and the peer's by pairs, and its 95 % bootstrap interval as min and max.
+def interval(
+    pairs: Sequence[Pair], ratio: Callable[[Sequence[Point], Sequence[Point], int | None], float]
+) -> dict[str, float]:
+    """Median over seeds of a ratio of our points and the peer's, and its 95 % bootstrap interval as min and max.
 
-    A replicate draws as many seeds with replacement, and for all of them the same half of the samples.
+    A replicate draws as many seeds with replacement, and for all of them the same half of the samples: the last argument of
+    ``ratio``, None for all samples.
     """
     chance = np.random.default_rng(0)
-    by_half = np.array([[speedup(ours, theirs, names, half) for ours, theirs in pairs] for half in range(HALVES)])
+    by_half = np.array([[ratio(ours, theirs, half) for ours, theirs in pairs] for half in range(HALVES)])
     drawn = []
     for _ in range(REPLICATES):
         seeds = chance.integers(len(pairs), size=len(pairs))
         drawn.append(np.median(by_half[chance.integers(HALVES), seeds]))
-    median = float(np.median([speedup(ours, theirs, names) for ours, theirs in pairs]))
+    median = float(np.median([ratio(ours, theirs, None) for ours, theirs in pairs]))
     low, high = (float(q) for q in np.quantile(drawn, (0.025, 0.975), method="inverted_cdf"))
     return {"median": median, "min": min(low, median), "max": max(high, median)}
 
