@@ -64,6 +64,7 @@ def test_all_commands_are_known():
         "words-probe",
         "busy-probe",
         "sweep-probe",
+        "enlarge-probe",
         "verdict",
         "compare",
         "measure",

@@ -14,7 +14,7 @@ from unclip.cli.hub import pull, push
 from unclip.cli.karlo import import_karlo
 from unclip.cli.latents import edit_verdict, pca_probe, reconstruct, typographic_probe
 from unclip.cli.options import Out, Runs, Seed
-from unclip.cli.probing import binding_probe, busy_probe, sweep_probe, words_probe
+from unclip.cli.probing import binding_probe, busy_probe, enlarge_probe, sweep_probe, words_probe
 from unclip.errors import ArtifactError, ConfigError, told_to_the_user
 from unclip.job_notes import note_error
 
@@ -30,7 +30,7 @@ for command in (generate, vary, interpolate, edit, mix, inpaint, repeat):
     app.command()(command)
 for command in (reconstruct, edit_verdict, pca_probe, typographic_probe):
     app.command()(command)
-for command in (binding_probe, words_probe, busy_probe, sweep_probe):
+for command in (binding_probe, words_probe, busy_probe, sweep_probe, enlarge_probe):
     app.command()(command)
 imports.command("embeddings")(import_embeddings)
 imports.command("karlo")(import_karlo)

@@ -1,4 +1,4 @@
-"""The commands that look for what unCLIP is known to get wrong: binding-probe, words-probe, busy-probe and sweep-probe."""
+"""The commands that look for what unCLIP is known to get wrong: binding-, words-, busy-, sweep- and enlarge-probe."""
 
 from pathlib import Path
 from typing import Annotated
@@ -93,3 +93,17 @@ def sweep_probe(
     from unclip.cli.sweep_ways import Sweep
 
     sweep(Sweep(what, runs, split, out, values, text_decoder, text_embedding_decoder, num, seed, batch_size))
+
+
+def enlarge_probe(
+    upsampler: Annotated[Path, typer.Option(exists=True, help="An upsampler's run or artifact.")],
+    split: Annotated[Path, typer.Option("--data", exists=True, help="One split of a data set, such as DATA/test.")],
+    out: Out,
+    num: Annotated[int, typer.Option(min=4, help="Pictures, spread evenly over the split.")] = 200,
+    seed: Seed = 0,
+    batch_size: BatchSize = 16,
+) -> None:
+    """Real pictures made small and large again: by the upsampler, bicubic, and by Lanczos (needs the extra eval)."""
+    from unclip.cli.probe_enlarging import probe_enlarging
+
+    probe_enlarging(upsampler, split, out, num=num, seed=seed, batch_size=batch_size)
