@@ -128,6 +128,14 @@ def test_whatever_command_the_job_runs_what_is_wrong_with_it_ends_the_job(
     assert f"not started again: {message}" in caplog.text
 
 
+def test_a_job_that_another_one_submitted_is_of_its_own_run(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch hands the environment on, with the submitting job's UNCLIP_RUN."""
+    monkeypatch.setenv("UNCLIP_RUN", str(slurm / "other"))
+    (slurm / "srun").write_text(f'#!/bin/sh\necho "$UNCLIP_RUN" > {slurm}/given\n')
+    assert job.run_job(["train-prior", f"run={slurm / 'run'}"]) == 0
+    assert (slurm / "given").read_text().strip() == str(slurm / "run")
+
+
 def test_the_error_of_another_job_in_the_folder_says_nothing(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (slurm / "run").mkdir()
     with monkeypatch.context() as patch:

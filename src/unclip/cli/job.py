@@ -77,9 +77,9 @@ def _this_job() -> str:
 
 
 def _run_folder(command: list[str]) -> Path:
-    """The run that ``command`` names, or UNCLIP_RUN where it does not show."""
+    """The run that ``command`` names, or UNCLIP_RUN where it does not show; a job submitted by another inherits that one's."""
     found = [word.lstrip("+").partition("=")[2] for word in command if word.lstrip("+").startswith("run=")]
-    run = os.environ.get("UNCLIP_RUN") or (found[-1] if found else "")
+    run = found[-1] if found else os.environ.get("UNCLIP_RUN", "")
     if not command or not run:
         raise ConfigError(
             f"`{' '.join(command)}` names no run; submit a command with its run: "
