@@ -152,7 +152,7 @@ def train(cfg: TrainConfig) -> Path:
         adapters = None
         if isinstance(cfg, TunableTrainConfig) and cfg.lora_rank:
             adapters = add_lora(model, name_of(_model_config(cfg)), cfg.lora_rank)
-        log.info("data %s", data.fingerprint[:12])  # opens it: a wrong path ends here
+        fingerprint = data.fingerprint[:12]  # opens the data: a wrong path ends here
         _write_settings(run, cfg)  # from here on the folder is this run's
         (run / ERROR).unlink(missing_ok=True)
         stage = stage_class(model, cfg.trainer, cfg.optim, cfg.seed)
@@ -160,7 +160,9 @@ def train(cfg: TrainConfig) -> Path:
         trainer = _trainer(cfg, run, start, data, title=f"{kind} in {run}")
         _recall_validation(stage, trainer, start)
         size = artifact.describe(stage.model)
-        log.info("%s: %.1f M parameters, from step %d", kind, size["trainable"] / 1e6, start)
+        if trainer.is_global_zero:
+            log.info("data %s", fingerprint)
+            log.info("%s: %.1f M parameters, from step %d", kind, size["trainable"] / 1e6, start)
         stop = next(found for found in trainer.callbacks if isinstance(found, StopOnLimitOrSignal))  # type: ignore[attr-defined]
         try:
             with stop.listening(trainer):
@@ -339,7 +341,10 @@ def _finish(
         elif stage.is_sharded:
             write_tensors(None, weights)
     trainer.strategy.barrier()
-    log.info("%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    if trainer.is_global_zero:
+        log.info(
+            "%s: %d steps in %.0f s; %s", kind, step, seconds, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items())
+        )
     return artifact.locate(run)
 
 
