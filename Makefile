@@ -4,7 +4,7 @@ SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 MINUTES ?= 15
-EMOJI_MINUTES ?= 75
+EMOJI_MINUTES ?= 72
 BENCH ?= $(filter-out turns peer_worker decoder_worker peer_quality quality_%,$(basename $(notdir $(wildcard scripts/bench/*.py))))
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -24,7 +24,7 @@ setup: .venv/ready ## Create .venv and install unclip with everything the tests 
 demo: setup ## Train the whole chain on generated shapes and judge it (MINUTES=15)
 	scripts/demo.sh $(MINUTES)
 
-emoji: setup ## Train the whole chain on real pictures: emoji (EMOJI_MINUTES=75 of training)
+emoji: setup ## Train the whole chain on real pictures: emoji (EMOJI_MINUTES=72 of training)
 	scripts/emoji.sh $(EMOJI_MINUTES)
 
 setup-slurm: ## Install a SLURM for the tests (Debian or Ubuntu, as root or by sudo); they start it themselves

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The whole chain on real pictures, by the commands that a user would type.
-# usage: scripts/emoji.sh [MINUTES] [FOLDER]     minutes of training in all, 75 by default
+# usage: scripts/emoji.sh [MINUTES] [FOLDER]     minutes of training in all, 72 by default
 set -euo pipefail
 cd "$(dirname "$0")/.."
-minutes=${1:-75}
+minutes=${1:-72}
 runs=${2:-runs/emoji}
 source scripts/timed.sh
 
