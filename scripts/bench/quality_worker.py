@@ -121,7 +121,7 @@ class Worker:
                 drawn.append(self.side.sample(self.eval_rows, chosen, how).cpu())
         seconds = now(self.device) - before
         np.save(out, torch.cat(drawn).numpy())
-        return {"seconds": round(seconds, 1)}
+        return {"seconds": round(seconds, 4)}
 
     def _stop_without_driver(self) -> None:
         """A benchmark that was killed must not leave a side at work."""
