@@ -12,16 +12,13 @@ import argparse
 import json
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from unclip.cli.measure import pictures_of
+from unclip.cli.measure import draw, pictures_of
 from unclip.config import Precision
-from unclip.data.shards import Sample, Shards, write_atomic
+from unclip.data.shards import Shards, write_atomic
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.errors import told_to_the_user
@@ -36,11 +33,8 @@ SAMPLERS = [Sampler.ddim, Sampler.dpmpp_2m, Sampler.unipc, Sampler.heun, Sampler
 STEPS = [4, 8, 16, 32, 64]
 SCALES = [1.0, 1.5, 2.5, 4.0]
 INTERVALS = {"everywhere": None, "but the noisiest quarter": (0.0, 0.75), "the middle half": (0.25, 0.75)}
-NET = [
-    "model.net.channels=[32,64,96]",
-    "model.net.patch=1",
-    "trainer.batch_size=48",
-]  # else as experiment=emoji_decoder
+# else as experiment=emoji_decoder
+NET = ["model.net.channels=[32,64,96]", "model.net.patch=1", "trainer.batch_size=48"]
 CHOSEN = SamplerConfig(Sampler.dpmpp_2m, 16)
 BATCH = 50
 
@@ -49,33 +43,21 @@ class Drawing:
     """One split's captions and true z_i, drawn by any decoder in any way, and its own pictures to compare with."""
 
     def __init__(self, choice: argparse.Namespace) -> None:
-        self.folders = {"clip": choice.clip}
-        shards = Shards(choice.data / choice.split)
-        count = min(choice.num, len(shards))
-        self.samples: list[Sample] = [shards.read(i * len(shards) // count) for i in range(count)]
+        self.clip, self.samples = choice.clip, Shards(choice.data / choice.split).spread(choice.num)
         self.features = PictureFeatures()
         self._real: Tensor | None = None
 
     def kid(self, decoder: Path, how: DiffusionSampling) -> tuple[float, float]:
-        pipeline = UnCLIP.load({**self.folders, "decoder": decoder}, precision=Precision.bf16)
+        pipeline = UnCLIP.load({"clip": self.clip, "decoder": decoder}, precision=Precision.bf16)
         if self._real is None:
             self._real = self.features(pictures_of(self.samples, pipeline.size))
-        drawn = [self._draw(pipeline, first, how) for first in range(0, len(self.samples), BATCH)]
-        return kid(self.features(torch.cat(drawn)), self._real)
-
-    def _draw(self, pipeline: UnCLIP, first: int, how: DiffusionSampling) -> Tensor:
-        part = self.samples[first : first + BATCH]
-        text = pipeline.embed_text([sample.caption for sample in part])
-        z_i = pipeline.embed_image(pictures_of(part, pipeline.models["clip"].image_size))
-        seeds = list(range(first, first + len(part)))
-        return pipeline.decode(replace(text, image_emb=z_i), seeds, pipeline.resolved(None, how))
+        return kid(self.features(draw(pipeline, self.samples, 0, BATCH, true=True, how=how)), self._real)
 
 
 def main() -> None:
     choice = arguments()
     cells = {f"{p} {w}": train(choice, p, w) for p, w in trained()}
     drawing = Drawing(choice)
-    found: dict[str, dict[str, Any]] = {}
 
     def measured(decoder: str, how: DiffusionSampling) -> float:
         guidance = how.guidance
@@ -87,8 +69,7 @@ def main() -> None:
             file.parent.mkdir(exist_ok=True)
             write_atomic(file, json.dumps({"kid": mean, "error": error, "num": len(drawing.samples)}).encode())
             print(f"{label}: KID {mean:.1f} ± {error:.1f}", flush=True)
-        found[label] = json.loads(file.read_text())
-        return found[label]["kid"]
+        return json.loads(file.read_text())["kid"]
 
     guided = Guidance(choice.scale)
     kids = {name: measured(name, DiffusionSampling(CHOSEN, guided)) for name in cells}

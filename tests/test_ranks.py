@@ -1,6 +1,7 @@
 """Several gloo ranks against one process on the same global batches: weights, figures of validation, checkpoints, artifacts."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -182,3 +183,20 @@ def test_four_ranks_train_and_report_as_one_process_does(strategy: str, root: Pa
     on_ranks(4, runs(strategy, 4, cases), root)
     for case in cases:
         assert_same_run(root / f"{strategy}-4" / case, root / "auto-1" / case)
+
+
+def test_a_command_with_two_ranks_logs_once_and_outlives_them(tmp_path: Path) -> None:
+    run_command("unclip", "data", "shapes", "--out", "data", "--num", "32", "--size", "32", cwd=tmp_path)
+    given = ["run=two-ranks", "data.path=data", *TINY["upsampler"], "trainer.devices=2"]
+    said = run_command("train-upsampler", *given, cwd=tmp_path)
+    left = [path for path in Path("/proc").glob("[0-9]*") if str(tmp_path) in _cwd(path)]
+    assert left == []
+    for line in ("data ", "parameters, from step 0", "4 steps in"):
+        assert said.count(line) == 1, said
+
+
+def _cwd(process: Path) -> str:
+    try:
+        return os.readlink(process / "cwd")
+    except OSError:  # it has ended, or is another user's
+        return ""

@@ -282,6 +282,9 @@ def _recall_validation(stage: Stage, trainer: pl.Trainer, start: int) -> None:
 
 
 def _close(trainer: pl.Trainer, code: int) -> None:
+    """After success, the ranks that this process started have ended too: their time counts as its, and nothing writes on."""
+    for rank in getattr(trainer.strategy.launcher, "procs", []) if code == 0 else []:
+        rank.wait()
     for logger in trainer.loggers:
         if isinstance(logger, WandbRun):
             logger.close(code)

@@ -20,6 +20,7 @@ from unclip.errors import ConfigError, DataError
 from unclip.evaluation.features import PictureFeatures
 from unclip.evaluation.metrics import kid, retrieval
 from unclip.evaluation.styles import StyleClassifier
+from unclip.models.sampling import DiffusionSampling
 from unclip.pipeline import UnCLIP
 
 BLUR = 2.0  # sigma in pixels of the yardstick
@@ -34,17 +35,17 @@ class Yardstick:
         or do not name concepts and styles."""
         self.features = PictureFeatures()
         for split in ("train", "val", "test", "test_styles"):
-            few = _spread(data / split, 4)
+            few = Shards(data / split).spread(4)
             if len(few) < 4 or not (_named(few, "style") and _named(few, "concept")):
                 raise DataError(f"{data / split} has {len(few)} samples; at least 4 are needed")
         self.data = data
-        self.test, self.styled = (_spread(data / split, num) for split in ("test", "test_styles"))
+        self.test, self.styled = (Shards(data / split).spread(num) for split in ("test", "test_styles"))
 
     def look(self, size: int) -> None:
         """Features of the real pictures at ``size`` pixels, and a classifier of their styles, from training pictures."""
         self.real = pictures_of(self.test, size)
         self._real = self.features(self.real)
-        known = _spread(self.data / "train", STYLED)
+        known = Shards(self.data / "train").spread(STYLED)
         self._classifier = StyleClassifier.fit(self.features(pictures_of(known, size)), _named(known, "style"))
 
     def kid(self, drawn: Tensor) -> tuple[float, float]:
@@ -85,17 +86,18 @@ def measure(runs: Path, data: Path, judge: Path, *, num: int, seed: int, batch_s
     return found
 
 
-def _spread(split: Path, num: int) -> list[Sample]:
-    """Up to ``num`` samples, evenly over the split."""
-    shards = Shards(split)
-    count = min(num, len(shards))
-    return [shards.read(i * len(shards) // count) for i in range(count)]
-
-
-def draw(pipeline: UnCLIP, samples: list[Sample], seed: int, batch_size: int, *, true: bool = False) -> Tensor:
+def draw(
+    pipeline: UnCLIP,
+    samples: list[Sample],
+    seed: int,
+    batch_size: int,
+    *,
+    true: bool = False,
+    how: DiffusionSampling | None = None,
+) -> Tensor:
     """Pictures uint8 (N, 3, S, S) of the samples' captions, with the seeds ``seed``, ``seed`` + 1, ...
 
-    ``true`` takes the z_i of the samples' own pictures in place of the prior's.
+    ``true`` takes the z_i of the samples' own pictures in place of the prior's; ``how`` is the decoder's sampling, None its own.
     """
     clip_size = pipeline.models["clip"].image_size
     drawn = []
@@ -104,7 +106,7 @@ def draw(pipeline: UnCLIP, samples: list[Sample], seed: int, batch_size: int, *,
         seeds = [seed + start + i for i in range(len(part))]
         text = pipeline.embed_text([sample.caption for sample in part])
         own = pipeline.embed_image(pictures_of(part, clip_size)) if true else pipeline.sample_prior(text, seeds)
-        drawn.append(pipeline.decode(replace(text, image_emb=own), seeds))
+        drawn.append(pipeline.decode(replace(text, image_emb=own), seeds, pipeline.resolved(None, how)))
     return torch.cat(drawn)
 
 
@@ -115,7 +117,7 @@ def pictures_of(samples: list[Sample], size: int) -> Tensor:
 
 def _recalls(pipeline: UnCLIP, other: Any, yardstick: Yardstick, drawn: Tensor) -> dict[str, float]:
     """Captions to pictures among distinct concepts: real ones by the chain's CLIP, drawn ones by the other."""
-    held_out = [_spread(yardstick.data / split, 10**9) for split in ("val", "test", "test_styles")]
+    held_out = [Shards(yardstick.data / split).spread(10**9) for split in ("val", "test", "test_styles")]
     samples = [sample for split in held_out for sample in split]
     chosen = [samples[i] for i in _one_per_concept(samples)]
     own = pipeline.models["clip"]

@@ -36,12 +36,14 @@ def probe_enlarging(upsampler: Path, split: Path, out: Path, *, num: int, seed: 
     the standard error; ``KID`` x 1000 compares the sets. Low distance and KID: it looks like the real ones; high PSNR: pixel
     by pixel the same, which smooth pictures are more easily.
     """
+    samples = Shards(split).spread(num)
+    if len(samples) < 4:
+        raise DataError(f"{split} has {len(samples)} samples; at least 4 are needed to compare pictures by")
     model, manifest = artifact.load(upsampler, kind="upsampler")
     assert isinstance(model, Upsampler)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device).eval()
     features = PictureFeatures(device)
-    samples = _spread(split, num)
     size, low_size = model.cfg.image_size, model.cfg.low_size
     real = torch.stack([_picture(sample, size, split) for sample in samples])
     low = to_uint8(resize(to_range(real), low_size))
@@ -69,14 +71,6 @@ def probe_enlarging(upsampler: Path, split: Path, out: Path, *, num: int, seed: 
     lines = [(samples[i].caption, [_rows(p[i]) for p in shown.values()]) for i in range(min(SHOWN, len(real)))]
     typer.echo(finding.write(out, draw_table(lines, list(shown), cell=max(CELL, size))))
     return finding
-
-
-def _spread(split: Path, num: int) -> list[Sample]:
-    shards = Shards(split)
-    count = min(num, len(shards))
-    if count < 4:
-        raise DataError(f"{split} has {count} samples; at least 4 are needed to compare pictures by")
-    return [shards.read(i * len(shards) // count) for i in range(count)]
 
 
 def _picture(sample: Sample, size: int, split: Path) -> Tensor:

@@ -81,13 +81,10 @@ def _subject(cfg: Sweep, pipeline: UnCLIP) -> Subject:
 
 def _spread(split: Path, num: int) -> list[Sample]:
     """Up to ``num`` samples, evenly over the split."""
-    shards = Shards(split)
-    if min(num, len(shards)) < FEWEST:
-        raise DataError(
-            f"{min(num, len(shards))} samples of {split} are too few to compare pictures by; take at least {FEWEST}"
-        )
-    count = min(num, len(shards))
-    return [shards.read(i * len(shards) // count) for i in range(count)]
+    samples = Shards(split).spread(num)
+    if len(samples) < FEWEST:
+        raise DataError(f"{len(samples)} samples of {split} are too few to compare pictures by; take at least {FEWEST}")
+    return samples
 
 
 def _stack(pictures: Sequence[np.ndarray]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unclip.batches import Batches, Meter
 from unclip.cli.pictures import bar_of, ddim_sampling
-from unclip.data.shards import Sample, Shards
+from unclip.data.shards import Shards
 from unclip.data.transforms import load_image
 from unclip.errors import ConfigError
 from unclip.jobs import Sampling
@@ -34,7 +34,7 @@ def measure_reconstruction(
 ) -> dict[str, dict[str, float]]:
     """Print, for each number of steps, the mean PSNR of the decoder's pictures from inverted and from random x_T."""
     pipeline = UnCLIP.load(runs)
-    samples = _spread(data, num)
+    samples = Shards(data / "val" if (data / "val").is_dir() else data).spread(num)
     pictures = torch.stack([load_image(s.image, max(pipeline.clip_size, pipeline.size)) for s in samples])
     texts = [s.caption for s in samples] if captions else None
     counts = _counts(steps)
@@ -62,12 +62,6 @@ def psnr(true: Tensor, drawn: Sequence[Tensor]) -> float:
     """Mean over pictures of 10 log10(255² / mean squared error), in dB, of uint8 pictures; equal ones count as 100 dB."""
     error = (true.double() - torch.stack(list(drawn)).double()).square().flatten(1).mean(1)
     return float((10 * (255**2 / error.clamp(min=255**2 * 1e-10)).log10()).mean())
-
-
-def _spread(data: Path, num: int) -> list[Sample]:
-    shards = Shards(data / "val" if (data / "val").is_dir() else data)
-    count = min(num, len(shards))
-    return [shards.read(i * len(shards) // count) for i in range(count)]
 
 
 def _counts(steps: str) -> list[int]:

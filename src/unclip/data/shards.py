@@ -199,6 +199,11 @@ class Shards:
         """Sample i with all its parts."""
         return Sample(self.keys[i], self.image(i), self.caption(i), self.meta(i))
 
+    def spread(self, num: int) -> list[Sample]:
+        """Up to ``num`` samples, evenly over the split."""
+        count = min(num, len(self))
+        return [self.read(i * len(self) // count) for i in range(count)]
+
     def image(self, i: int) -> bytes:
         """The encoded picture (png, jpg or webp) of sample i."""
         return self._piece(i, self._image[i])
