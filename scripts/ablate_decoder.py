@@ -11,6 +11,7 @@ already is kept, and table.md is written last.
 import argparse
 import json
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -116,7 +117,8 @@ def train(choice: argparse.Namespace, predict: str, weighting: str) -> Path:
         *("experiment=emoji_decoder", *NET, f"trainer.max_steps={choice.steps}", f"model.diffusion.predict={predict}"),
         *(f"model.diffusion.weighting={weighting}", f"model.diffusion.schedule={PREDICTED[predict]}", *choice.set),
     ]
-    subprocess.run(command, check=True)
+    if code := subprocess.run(command, check=False).returncode:
+        sys.exit(code)  # the command has said why
     return run
 
 

@@ -1,4 +1,5 @@
 # Sourced by demo.sh and emoji.sh: print each command, time it, run some side by side, and end with a report.
+[[ $minutes =~ ^[0-9]*[.]?[0-9]+$ ]] || { printf 'error: %s is not a number of minutes\n' "$minutes" >&2; exit 2; }
 started=$SECONDS
 mkdir -p "$runs"
 : >"$runs/timings.jsonl"

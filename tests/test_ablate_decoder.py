@@ -35,6 +35,15 @@ def test_a_parametrisation_has_no_figure_for_a_weighting_that_it_does_not_allow(
     assert script.weightings_table(kids).splitlines()[-1] == "| flow | 150 |  |  |  |"
 
 
+def test_a_cell_that_cannot_be_trained_ends_it_with_that_commands_words(tmp_path: Path):
+    given = ["--data", "nowhere", "--embeddings", "nowhere", "--clip", "nowhere", "--out", "out"]
+    command = [sys.executable, str(SCRIPT), *given]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(), check=False, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_every_cell_is_trained_and_drawn_once(styled_chain: Path, tmp_path: Path):
@@ -49,7 +58,7 @@ def test_every_cell_is_trained_and_drawn_once(styled_chain: Path, tmp_path: Path
 
     said = ablate()
     kids = {path.stem: json.loads(path.read_text()) for path in (out / "kid").iterdir()}
-    assert len(kids) == 13 + 24 + 9, "the chosen sampler and guidance are drawn once, in the first table"
+    assert len(kids) == 13 + 24 + 10, "the chosen sampler and guidance are drawn once, in the first table"
     assert all(found["num"] == 8 for found in kids.values())
     assert (out / "table.md").read_text() in said
     assert ": KID " not in ablate(), "drawn again"
