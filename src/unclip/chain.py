@@ -258,7 +258,7 @@ class Chain:
 
     def _check_size(self, how: Sampling) -> None:
         height, width = self.base_size(how)
-        stride = self.configs["decoder"].net.stride
+        stride = self.configs["decoder"].stride
         if min(height, width) < stride or height % stride or width % stride:
             raise ConfigError(f"a size of {width}x{height} is not possible: both must be multiples of {stride}")
         for name in how.upsamplers:
@@ -315,6 +315,12 @@ class Chain:
                     f"{self.folders[name]} was trained on CLIP {theirs[:8]} but {self.folders['clip']} is CLIP {clip[:8]}; "
                     "use stages that were trained on one CLIP, or embed and train again"
                 )
+        decoder = self.configs["decoder"]
+        if decoder.split and decoder.last_net is None:
+            raise ArtifactError(
+                f"{self.folders['decoder']} draws the noisier {1 - decoder.split:.0%} of the steps only (model.split): use "
+                "the decoder that train-decoder makes of it with model.first and model.last_net"
+            )
         for name, before in zip(self.upsamplers, ["decoder", *self.upsamplers], strict=False):
             takes, gets = self.configs[name].low_size, self.configs[before].image_size
             if takes != gets:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unclip import artifact
 from unclip.errors import ConfigError
-from unclip.models import Upsampler
+from unclip.models import Decoder, Upsampler
 from unclip.models.interface import Interface
 
 INIT = "init.json"  # in the run: what it started from
@@ -49,7 +49,7 @@ def start_from(init: str, model: Any, kind: str, interface: Interface, run: Path
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ConfigError(f"with these settings model.* is another net than that of init={init}: {error}") from error
-    if isinstance(model, Upsampler) and model.cfg.first is not None:
+    if isinstance(model, Decoder | Upsampler) and model.cfg.first is not None:
         first = artifact.read_weights(model.cfg.first)
         model.net.load_state_dict({n.removeprefix("net."): v for n, v in first.items() if n.startswith("net.")})
     run.mkdir(parents=True, exist_ok=True)
@@ -59,12 +59,14 @@ def start_from(init: str, model: Any, kind: str, interface: Interface, run: Path
 
 
 def _fitted(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An upsampler's second net may be left out, or begin as the first."""
-    if not isinstance(model, Upsampler):
+    """A second net may be left out; an upsampler's may begin as the first."""
+    if not isinstance(model, Decoder | Upsampler):
         return weights
     nets = {name: value for name, value in weights.items() if not name.startswith("last_net.")}
     if model.last_net is None:
         return nets
+    if isinstance(model, Decoder):
+        return weights
     return {f"last_{name}": value for name, value in nets.items() if name.startswith("net.")} | weights
 
 

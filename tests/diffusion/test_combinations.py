@@ -140,12 +140,13 @@ def test_learned_variances_leave_the_error_as_it_is_and_add_a_bound_that_no_weig
 
 @pytest.mark.parametrize("predict", [EPS, X0, V])
 @pytest.mark.parametrize("weighting", [Weighting.min_snr, Weighting.clamped_snr, Weighting.p2])
-def test_weights_weigh_the_x0_error_alike_for_every_parametrisation(weighting, predict):
-    diffusion = GaussianDiffusion(DiffusionConfig(predict=predict, weighting=weighting))
+@pytest.mark.parametrize("limit", [5.0, 25.0])
+def test_weights_weigh_the_x0_error_alike_for_every_parametrisation(weighting, predict, limit):
+    diffusion = GaussianDiffusion(DiffusionConfig(predict=predict, weighting=weighting, snr_limit=limit))
     snr = diffusion.schedule.snr.double()
     wanted = {
-        Weighting.min_snr: snr.clamp(max=5),
-        Weighting.clamped_snr: snr.clamp(1, 5),
+        Weighting.min_snr: snr.clamp(max=limit),
+        Weighting.clamped_snr: snr.clamp(1, limit),
         Weighting.p2: snr / (1 + snr),
     }
     scale = {EPS: snr, X0: torch.ones_like(snr), V: 1 + snr}[predict]

@@ -13,7 +13,6 @@ from unclip.diffusion.noise import Noise
 from unclip.diffusion.schedule import NoiseSchedule, make_schedule
 from unclip.diffusion.settings import DiffusionConfig, Predict, Timesteps, Weighting
 
-MIN_SNR_GAMMA = 5.0  # Hang et al. 2023, sec. 3.4
 STEPS_AT_ONCE = 25  # noise levels of one sample that the network sees together when statistics are gathered
 VLB_WEIGHT = 0.001  # lambda of L_hybrid (Nichol & Dhariwal 2021, eq. 16)
 
@@ -65,10 +64,12 @@ class Denoiser(Protocol):
 class GaussianDiffusion:
     """The forward process, the meaning of the network's output, and the losses that follow (Ho et al. 2020)."""
 
-    def __init__(self, cfg: DiffusionConfig) -> None:
+    def __init__(self, cfg: DiffusionConfig, trained: range | None = None) -> None:
+        """trained: the neighbouring steps, of all ``cfg.num_timesteps``, that the losses draw from; None: all."""
         self.cfg = cfg
         dtype = torch.float32 if cfg.float32_tables else torch.float64
         self.schedule = make_schedule(cfg.schedule, cfg.num_timesteps, resolution=cfg.resolution, dtype=dtype)
+        self.trained = range(cfg.num_timesteps) if trained is None else trained
 
     def losses(
         self, net: Net, x0: Tensor, context: Any, noise: Noise, *, num_draws: int | None = None
@@ -103,7 +104,7 @@ class GaussianDiffusion:
     @property
     def num_trained_steps(self) -> int:
         """How many steps :meth:`draw_steps` draws from: the bound is a sum over them."""
-        return len(self.schedule)
+        return len(self.trained)
 
     @torch.no_grad()
     def eps_squares(self, net: Net, x0: Tensor, context: Any, noise: Noise) -> Tensor:
@@ -181,7 +182,7 @@ class GaussianDiffusion:
                 u = noise.low_discrepancy(shape, "step")
             case Timesteps.logit_normal:
                 u = noise.normal(shape, "step").sigmoid()
-        return (u * len(self.schedule)).long().clamp(max=len(self.schedule) - 1)
+        return self.trained.start + (u * len(self.trained)).long().clamp(max=len(self.trained) - 1)
 
     def split(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """Output as float32: the prediction, and the variance's place between its bounds (0 to 1) or None."""
@@ -234,9 +235,9 @@ class GaussianDiffusion:
             case Weighting.simple:
                 return torch.ones_like(snr)
             case Weighting.min_snr:
-                weight = snr.clamp(max=MIN_SNR_GAMMA)
+                weight = snr.clamp(max=self.cfg.snr_limit)
             case Weighting.clamped_snr:
-                weight = snr.clamp(min=1.0, max=MIN_SNR_GAMMA)
+                weight = snr.clamp(min=1.0, max=self.cfg.snr_limit)
             case Weighting.p2:
                 weight = snr / (1 + snr)
         match self.cfg.predict:
@@ -262,6 +263,18 @@ class NetBranches:
         if not guided:
             return self.net(x_t, timestep, self.context.first(len(x_t)), *x0_last)
         return self.net(torch.cat([x_t, x_t]), timestep, self.context, *(torch.cat([x, x]) for x in x0_last))
+
+
+class Handover:
+    """Two networks that share a run's steps: the second one takes those of the training steps below ``limit``."""
+
+    def __init__(self, first: Branches, second: Branches, schedule: NoiseSchedule, limit: int) -> None:
+        self.first, self.second = first, second
+        self.last_steps = sum(timestep < limit for timestep in schedule.timesteps.tolist())
+
+    def __call__(self, x_t: Tensor, step: int, guided: bool, /, *x0_last: Tensor) -> Tensor:
+        branches = self.second if step < self.last_steps else self.first
+        return branches(x_t, step, guided, *x0_last)
 
 
 class NetDenoiser:

@@ -21,8 +21,8 @@ class Predict(Enum):
 class Weighting(Enum):
     """Weight of the squared error at each step.
 
-    simple: 1 (Ho et al. 2020, eq. 14). min_snr: min(SNR, 5) for the error in x0 (Hang et al. 2023). clamped_snr: the SNR
-    within [1, 5], so that noisy steps keep their part: max(SNR, 1) of Salimans & Ho (2022, sec. 4) with Min-SNR's limit.
+    simple: 1 (Ho et al. 2020, eq. 14). min_snr: min(SNR, snr_limit) for the error in x0 (Hang et al. 2023). clamped_snr: the SNR
+    within [1, snr_limit], so that noisy steps keep their part: max(SNR, 1) of Salimans & Ho (2022, sec. 4) with Min-SNR's limit.
     p2: 1 / (1 + SNR) for the error in eps, so that nearly clean steps lose theirs (Choi et al. 2022, k = gamma = 1).
     """
 
@@ -57,6 +57,8 @@ class DiffusionConfig:
     learned_variance: bool = False
     """The network has 2C output channels: the prediction, then the variance's place v in [-1, 1] between its bounds."""
     weighting: Weighting = Weighting.simple
+    snr_limit: float = 5.0
+    """The largest weight of min_snr and clamped_snr: gamma of Hang et al. (2023, sec. 3.4)."""
     timesteps: Timesteps = Timesteps.uniform
     clip_range: float | None = None
     """Predicted x0 is limited to [-clip_range, clip_range] in sampling: 1.0 for pictures; None: unlimited."""
@@ -72,6 +74,8 @@ class DiffusionConfig:
             raise ValueError(
                 f"resolution is {self.resolution}; give the pictures' side in pixels, or null for no shift"
             )
+        if not 1 <= self.snr_limit < float("inf"):
+            raise ValueError(f"snr_limit is {self.snr_limit}, the largest weight of a step: at least 1, usually 5")
         if self.clip_range is not None and self.clip_range <= 0:
             raise ValueError(
                 f"clip_range is {self.clip_range}; give the data's largest |x0| (1.0 for pictures) or null"

@@ -40,7 +40,7 @@ def steps_of(name: str, model: nn.Module) -> list[Step]:
     if isinstance(model, DiffusionPrior):
         return [_prior(name, model)]
     if isinstance(model, Decoder):
-        return [_decoder(name, model)]
+        return _decoder(name, model)
     if isinstance(model, Upsampler):
         return _upsampler(name, model)
     raise ConfigError(
@@ -71,12 +71,7 @@ def _prior(name: str, prior: DiffusionPrior) -> Step:
     return Step(name, prior, run, inputs | _examples(columns, prior.interface), ("prediction",))
 
 
-def _decoder(name: str, decoder: Decoder) -> Step:
-    def run(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        keep = Keep(given.get("keep_image"), given.get("keep_text"))
-        context = decoder.prepare(_cond(given), keep)
-        return (decoder.net(given["x_t"], given["timestep"], context),)
-
+def _decoder(name: str, decoder: Decoder) -> list[Step]:
     size = decoder.cfg.image_size
     inputs = {"x_t": torch.randn(2, 3, size, size), "timestep": torch.tensor([0, 500])}
     conditioning = decoder.cfg.conditioning
@@ -85,7 +80,17 @@ def _decoder(name: str, decoder: Decoder) -> Step:
     if conditioning.reads_text:
         inputs["keep_text"] = torch.tensor([False, True])
     columns = [column for column in decoder.cfg.columns if column != "image"]
-    return Step(name, decoder, run, inputs | _examples(columns, decoder.interface), ("prediction",))
+    nets = {name: decoder.net} | ({} if decoder.last_net is None else {f"{name}_last": decoder.last_net})
+
+    def runner(net: Any) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
+        def run(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            keep = Keep(given.get("keep_image"), given.get("keep_text"))
+            return (net(given["x_t"], given["timestep"], decoder.prepare(_cond(given), keep, net)),)
+
+        return run
+
+    given = inputs | _examples(columns, decoder.interface)
+    return [Step(name, net, runner(net), given, ("prediction",)) for name, net in nets.items()]
 
 
 def _upsampler(name: str, upsampler: Upsampler) -> list[Step]:

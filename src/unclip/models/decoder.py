@@ -1,5 +1,6 @@
 """The decoder: z_i, and optionally the caption, to a picture (paper §2.1)."""
 
+import math
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
@@ -9,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import GaussianDiffusion, NetBranches, NetDenoiser
+from unclip.diffusion.gaussian import Branches, GaussianDiffusion, Handover, NetBranches, NetDenoiser
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, SamplerConfig, sample
-from unclip.diffusion.settings import DiffusionConfig
+from unclip.diffusion.settings import DiffusionConfig, Timesteps, Weighting
 from unclip.errors import ConfigError
 from unclip.models.inputs import text_side
 from unclip.models.interface import Interface, ModelConfig
@@ -45,6 +46,11 @@ class DecoderConfig(ModelConfig):
     ``embedding_norm`` unit: z_i and z_t enter the net at unit norm × ``embedding_scale``, whose default is √d, so that
     each number has a variance of about one. With raw the default scale is 1.
     ``embedding`` text trains on z_t in place of z_i; such a decoder draws after a prior that hands z_t on (model=identity).
+
+    ``split`` > 0: two nets share the timesteps (expert denoisers, Balaji et al. 2022, sec. 4.1; not in the paper). ``net`` learns
+    those above this share of them; ``last_net``, of a shape of its own, those below, which are the last of a sampling run. They
+    are trained one after the other: without ``last_net`` the run is of the first one; with it, of the second, and ``first`` is
+    the run of a decoder alike but for this, whose net is kept as it is.
     """
 
     image_size: int = 64
@@ -59,21 +65,62 @@ class DecoderConfig(ModelConfig):
     embedding_norm: EmbeddingNorm = EmbeddingNorm.unit
     embedding_scale: float | None = None
     embedding: Embedding = Embedding.image
+    split: float = 0.0
+    last_net: UNetConfig | None = None
+    first: str | None = None
 
     def __post_init__(self) -> None:
         if self.embedding is Embedding.text and not self.conditioning.image:
             raise ValueError(
                 "embedding=text puts z_t in z_i's place, which image=false leaves out: set one of them only"
             )
-        if not self.net.attention_levels:
-            raise ValueError("the decoder reads its context by attention: set net.attention_levels, for example [1, 2]")
+        for name, net in self.nets.items():
+            if not net.attention_levels:
+                raise ValueError(
+                    f"the decoder reads its context by attention: set {name}.attention_levels, for example [1, 2]"
+                )
+            if self.image_size % net.stride:
+                raise ValueError(
+                    f"image_size={self.image_size} is not a multiple of {net.stride}, the stride of {name}"
+                )
+        self._check_split()
         if self.diffusion.self_conditioning:
             raise ValueError("self-conditioning is for the diffusion prior: set diffusion.self_conditioning=false")
-        if self.image_size % self.net.stride:
-            raise ValueError(f"image_size={self.image_size} is not a multiple of {self.net.stride}, the net's stride")
         for name, rate in (("drop_image", self.drop_image), ("drop_text", self.drop_text)):
             if not 0 <= rate <= 1:
                 raise ValueError(f"{name} is {rate}; a probability lies in [0, 1]")
+
+    def _check_split(self) -> None:
+        if not 0 <= self.split < 1 or (self.split and not 0 < self.limit < self.diffusion.num_timesteps):
+            raise ValueError(f"split is {self.split}, a share of the timesteps: above 0 and below 1, or 0 for one net")
+        if self.last_net is not None and not self.split:
+            raise ValueError("last_net takes over from net at a share of the timesteps: set split, or last_net=null")
+        if self.first is not None and self.last_net is None:
+            raise ValueError("first is the run that last_net takes over from: give the second net's shape in last_net")
+
+    @property
+    def nets(self) -> dict[str, UNetConfig]:
+        """The nets by name, in the order in which they sample."""
+        return {"net": self.net} | ({} if self.last_net is None else {"last_net": self.last_net})
+
+    @property
+    def stride(self) -> int:
+        """Sides of pictures must be multiples of it."""
+        return math.lcm(*(net.stride for net in self.nets.values()))
+
+    @property
+    def limit(self) -> int:
+        """The first timestep that belongs to ``net``, all below being ``last_net``'s."""
+        return round(self.split * self.diffusion.num_timesteps)
+
+    def kind_of_net(self) -> tuple[Any, ...]:
+        """What two decoders share of which one's net may take over from the other's."""
+        net = replace(self.net, dropout=0.0, gradient_checkpointing=False)
+        embedding = self.embedding, self.embedding_norm, self.embedding_scale
+        diffusion = replace(
+            self.diffusion, weighting=Weighting.simple, snr_limit=5.0, timesteps=Timesteps.uniform
+        )  # how each net learns is its own affair
+        return self.image_size, net, self.conditioning, diffusion, self.split, embedding
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -93,14 +140,21 @@ class Decoder(nn.Module):
     def __init__(self, cfg: DecoderConfig, interface: Interface):
         super().__init__()
         self.cfg, self.interface = cfg, interface
-        self.diffusion = GaussianDiffusion(cfg.diffusion)
+        self.diffusion = GaussianDiffusion(cfg.diffusion, range(cfg.limit, cfg.diffusion.num_timesteps))
         widths = ClipWidths(interface.embed_dim, interface.text_width, interface.context_length, interface.vocab_size)
-        self.net = DecoderNet(
-            cfg.net, cfg.conditioning, widths, out_channels=6 if cfg.diffusion.learned_variance else 3
-        )
+        out_channels = 6 if cfg.diffusion.learned_variance else 3
+        self.net = DecoderNet(cfg.net, cfg.conditioning, widths, out_channels)
+        self.last_net: DecoderNet | None = None
+        if cfg.last_net is not None:
+            self.last_net = DecoderNet(cfg.last_net, cfg.conditioning, widths, out_channels)
+            self.net.requires_grad_(False)
+            self.last_diffusion = GaussianDiffusion(cfg.diffusion, range(cfg.limit))
 
     def fit(self, embeddings: Any) -> None:
-        """Before training: store the caption "" where it stands for a dropped one, from the training embeddings."""
+        """Before training: take the first net from the run ``first`` where this trains a second one, and store the caption ""
+        where it stands for a dropped one, from the training embeddings. ConfigError for another's net."""
+        if self.last_net is not None:
+            self._take_first()
         if self.cfg.conditioning.null_text is not NullText.empty:
             return
         if embeddings is None:
@@ -111,7 +165,9 @@ class Decoder(nn.Module):
         """Store the caption "", z_t (D,) raw; see :func:`unclip.nets.empty_caption.set_empty_caption`."""
         emb = self._scaled_emb(text_emb)
         assert emb is not None
-        self.net.text_proj.set_empty_caption(tokens, emb, text_seq)
+        for net in (self.net, self.last_net):
+            if net is not None:
+                net.text_proj.set_empty_caption(tokens, emb, text_seq)
 
     def finish(self, embeddings: Any) -> None:
         """Nothing to gather after training."""
@@ -124,9 +180,9 @@ class Decoder(nn.Module):
         own = batch.text_emb if self.cfg.embedding is Embedding.text else batch.image_emb
         return replace(text_side(batch), image_emb=own)
 
-    def prepare(self, cond: Cond, keep: Keep) -> UNetContext:
-        """The net's context of a condition as CLIP makes it, its embeddings raw."""
-        return self.net.prepare(self._scaled(cond), keep)
+    def prepare(self, cond: Cond, keep: Keep, net: DecoderNet | None = None) -> UNetContext:
+        """A net's context, the first one's if none is given, of a condition as CLIP makes it, its embeddings raw."""
+        return (net or self.net).prepare(self._scaled(cond), keep)
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
         """Scalars whose sum is the loss. Rows lose z_i and the text side by chance, independently."""
@@ -138,8 +194,9 @@ class Decoder(nn.Module):
             image=noise.uniform((), "drop image") >= self.cfg.drop_image,
             text=noise.uniform((), "drop text") >= self.cfg.drop_text,
         )
-        context = self.net.prepare(self._scaled(cond), keep)
-        return self.diffusion.losses(self.net, pictures, context, noise)
+        if self.last_net is not None:
+            return self.last_diffusion.losses(self.last_net, pictures, self.prepare(cond, keep, self.last_net), noise)
+        return self.diffusion.losses(self.net, pictures, self.prepare(cond, keep), noise)
 
     @torch.no_grad()
     def sample(
@@ -172,12 +229,37 @@ class Decoder(nn.Module):
         """The decoder under its conditions, as samplers see it; the arguments are those of :meth:`sample`."""
         shape = (3, *(size or (self.cfg.image_size, self.cfg.image_size)))
         self._check_widths(cond)
-        context = guided_context(
-            self.net, self._scaled(cond), how, None if negative is None else self._scaled(negative)
-        )
+        cond, negative = self._scaled(cond), None if negative is None else self._scaled(negative)
         schedule = how.sampler.levels_of(self.diffusion.schedule)
-        branches = NetBranches(self.net, context, schedule)
+
+        def branches_of(net: DecoderNet) -> NetBranches:
+            return NetBranches(net, guided_context(net, cond, how, negative), schedule)
+
+        branches: Branches = branches_of(self.net)
+        if self.last_net is not None:
+            branches = Handover(branches, branches_of(self.last_net), schedule, self.cfg.limit)
         return self.diffusion.denoiser_of(branches, schedule, shape=shape, guidance=how.guidance)
+
+    def _take_first(self) -> None:
+        if self.cfg.first is None:
+            raise ConfigError(
+                "model.last_net adds a second net to a trained decoder: give its run with model.first=RUN; to train that one "
+                "first, set model.last_net=null"
+            )
+        from unclip import artifact
+
+        first, _ = artifact.load(self.cfg.first, kind="decoder")
+        assert isinstance(first, Decoder)
+        if first.interface.clip != self.interface.clip:
+            raise ConfigError(
+                f"the decoder of model.first={self.cfg.first} is of another CLIP than the data's embeddings"
+            )
+        if self.cfg.kind_of_net() != first.cfg.kind_of_net():
+            raise ConfigError(
+                f"the decoder of model.first={self.cfg.first} has another size, net, condition, diffusion or split than this run; "
+                "give the settings that it was trained with, and model.last_net beside them"
+            )
+        self.net.load_state_dict(first.net.state_dict())
 
     def _check_columns(self, cond: Cond) -> None:
         """In training a missing condition is a mistake; in sampling it counts as dropped."""

@@ -14,7 +14,7 @@ TARGETS = {  # modules by name, whole names
 def add_lora(model: Any, name: str, rank: int) -> Any:
     """Put adapters of this rank beside the matrices of a model of the registry; only they stay trainable.
 
-    They change nothing at first (B = 0), and their scale is 1 (alpha = rank). Of an upsampler with a second net they belong to
+    They change nothing at first (B = 0), and their scale is 1 (alpha = rank). Where there is a second net they belong to
     that one. Returns what :func:`merge_lora` needs. Raises ConfigError for another model, or without peft.
     """
     if name not in TARGETS:
@@ -25,7 +25,7 @@ def add_lora(model: Any, name: str, rank: int) -> Any:
         from peft import LoraConfig, LoraModel
     except ImportError as error:
         raise ConfigError("lora_rank needs peft: pip install 'unclip[lora]', or set it to 0") from error
-    second = name == "upsampler" and model.last_net is not None
+    second = getattr(model, "last_net", None) is not None
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=("last_" if second else "") + TARGETS[name])
     return LoraModel(model, {"default": config}, "default")
 

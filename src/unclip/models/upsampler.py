@@ -133,7 +133,11 @@ class Upsampler(nn.Module):
         if cfg.last_steps:
             self.last_net = UpsamplerNet(cfg.net, out_channels, cfg.max_noise > 0, cfg.residual)
             self.net.requires_grad_(False)
-            self.last_diffusion = _LastSteps(cfg.diffusion, cfg.last_steps / (cfg.sampling.sampler.num_levels - 1))
+            share = cfg.last_steps / (cfg.sampling.sampler.num_levels - 1)
+            # up to the last step that the first net takes, as NoiseSchedule.respaced rounds it
+            self.last_diffusion = GaussianDiffusion(
+                cfg.diffusion, range(round(share * (cfg.diffusion.num_timesteps - 1)))
+            )
 
     def fit(self, embeddings: Any) -> None:
         """Before training: with a second net, take both nets' weights from the run ``first``. ConfigError for another's."""
@@ -233,21 +237,6 @@ class Upsampler(nn.Module):
         places = (self.cfg.image_size - self.cfg.crop_size) // grid + 1
         corner = (noise.uniform((2,), "crop") * places).long().clamp(max=places - 1) * grid
         return corner[:, 0], corner[:, 1]
-
-
-class _LastSteps(GaussianDiffusion):
-    """The first ``share`` of the training steps, up to the last one that the first net takes; spread as over all."""
-
-    def __init__(self, cfg: DiffusionConfig, share: float) -> None:
-        super().__init__(cfg)
-        self.limit = round(share * (len(self.schedule) - 1))  # as NoiseSchedule.respaced rounds
-
-    @property
-    def num_trained_steps(self) -> int:
-        return self.limit
-
-    def draw_steps(self, noise: Noise, num_draws: int | None = None) -> Tensor:
-        return super().draw_steps(noise, num_draws) * self.limit // len(self.schedule)
 
 
 class _Branches:
