@@ -24,8 +24,8 @@ run_beside train_upsampler \
   train-prior run="$runs/prior" "${embedded[@]}" experiment=emoji_prior trainer.max_minutes="$(share 0.07)"
 train_decoder() { run_on_all_cores train-decoder "${embedded[@]}" "$@"; }
 # two nets: one for the noisier steps of a drawing, then one for the others, which takes the first over
-train_decoder run="$runs/decoder_first" experiment=emoji_decoder_first trainer.max_minutes="$(share 0.48)"
-train_decoder run="$runs/decoder" experiment=emoji_decoder_last model.first="$runs/decoder_first" trainer.max_minutes="$(share 0.35)"
+train_decoder run="$runs/first_decoder" experiment=emoji_decoder_first trainer.max_minutes="$(share 0.48)"
+train_decoder run="$runs/decoder" experiment=emoji_decoder_last model.first="$runs/first_decoder" trainer.max_minutes="$(share 0.35)"
 run unclip compare --from "$runs" --data "$data/test_styles" --out "$runs/test_styles.png" --num 40
 run unclip measure --from "$runs" --data "$data" --judge "$runs/judge"
 finish

@@ -1,5 +1,6 @@
 """A decoder of two nets, from two training runs to a picture, by the commands."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from tests_support import TINY, kill_beyond, run_command
 
 from unclip import artifact
+from unclip.errors import ArtifactError
+from unclip.loading import refuse_half
 from unclip.models.decoder import Decoder
 from unclip.pipeline import UnCLIP
 
@@ -81,14 +84,55 @@ def test_bad_settings_are_named(chain: Path, override: str, message: str):
     assert not (chain / "bad/identity.json").exists()
 
 
-def test_tuning_takes_both_nets_or_only_the_first(chain: Path):
+def test_tuning_takes_both_nets_or_only_the_first_and_not_the_first_ones_run(chain: Path, tmp_path: Path):
+    root = tmp_path / "chain"
+    shutil.copytree(chain, root)
+    shutil.rmtree(root / "half")
     start = ["data.path=data", "data.embeddings=embeddings", "init=runs/decoder", "trainer.max_steps=1"]
-    run_command("train-decoder", "run=tuned", *start, cwd=chain)
-    before, after = weights(chain / "runs/decoder"), weights(chain / "tuned")
+    run_command("train-decoder", "run=tuned", *start, cwd=root)
+    before, after = weights(root / "runs/decoder"), weights(root / "tuned")
     changed = {name for name, value in after.items() if value != before[name]}
     assert changed
     assert all(name.startswith("last_net.") for name in changed)
-    run_command("train-decoder", "run=first", *start, "model.last_net=null", "model.first=null", cwd=chain)
-    first = weights(chain / "first")
+    run_command("train-decoder", "run=first", *start, "model.last_net=null", cwd=root)
+    first = weights(root / "first")
     assert all(name.startswith("net.") for name in first)
     assert first != {name: before[name] for name in first}
+    run_command("train-decoder", "run=joined", *start, "model.first=first", cwd=root)
+    assert {name: value for name, value in weights(root / "joined").items() if name.startswith("net.")} == first
+    said = run_command("train-decoder", "run=other", *start, "model.split=0.1", cwd=root, code=1)
+    assert "cannot differ from it in sizes, net, condition, diffusion or split" in " ".join(said.split())
+
+
+def test_the_artifact_names_the_first_net_among_its_parents(chain: Path):
+    parents = artifact.read_manifest(chain / "runs/decoder").parents
+    assert parents["first"] == artifact.read_manifest(chain / "half").hash
+    assert set(parents) == {"clip", "first"}
+
+
+def test_half_a_decoder_is_neither_pushed_nor_exported(chain: Path, tmp_path: Path):
+    manifest = artifact.read_manifest(chain / "half")
+    with pytest.raises(ArtifactError, match="draws the noisier 70% of the steps only"):
+        refuse_half(manifest, chain / "half")
+    refuse_half(artifact.read_manifest(chain / "runs/decoder"), chain / "runs/decoder")
+    said = run_command("unclip", "export", "onnx", str(chain / "half"), "--out", "onnx", cwd=tmp_path, code=1)
+    assert "of the steps only" in " ".join(said.split())
+    push = ["somebody/something", "--license", "mit", "--dry-run", "pushed"]
+    said = run_command("unclip", "push", str(chain / "half"), *push, cwd=tmp_path, code=1)
+    assert "of the steps only" in " ".join(said.split())
+
+
+def test_both_nets_are_exported_with_the_timesteps_of_each(chain: Path, tmp_path: Path):
+    run_command("unclip", "export", "onnx", str(chain / "runs/decoder"), "--out", "onnx", cwd=tmp_path)
+    index = json.loads((tmp_path / "onnx/index.json").read_text())
+    assert {name: about["timesteps"] for name, about in index.items()} == {
+        "decoder.onnx": [300, 999],
+        "decoder_last.onnx": [0, 299],
+    }
+
+
+def test_adapters_of_low_rank_belong_to_the_second_net(chain: Path):
+    start = ["data.path=data", "data.embeddings=embeddings", "init=runs/decoder", "trainer.max_steps=1"]
+    run_command("train-decoder", "run=lora", *start, "lora_rank=2", cwd=chain)
+    before, after = weights(chain / "runs/decoder"), weights(chain / "lora")
+    assert {name.partition(".")[0] for name, value in after.items() if value != before[name]} == {"last_net"}

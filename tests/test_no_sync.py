@@ -53,6 +53,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # model, its s
         },
         {},
     ),
+    "decoder's second net": (
+        "decoder",
+        {**CONFIGS["decoder"], "split": 0.3, "last_net": {**UNET, "attention_levels": [1]}},
+        {},
+    ),
     "upsampler": ("upsampler", {**CONFIGS["upsampler"], "max_noise": 0.3}, {"grad_clip": 0.0}),
     "upsampler of degraded pictures": ("upsampler", {**CONFIGS["upsampler"], "bsr": "light"}, {}),
     "upsampler's second net": ("upsampler", {**CONFIGS["upsampler"], "last_steps": 1, "diffusion": DIFFUSION}, {}),

@@ -114,6 +114,18 @@ def test_a_z_i_that_is_not_finite_is_named(pipeline: UnCLIP):
         pipeline.decode(cond, [0, 1, 2])
 
 
+def test_a_z_i_that_is_not_finite_is_named_where_a_picture_is_given_too(
+    pipeline: UnCLIP, monkeypatch: pytest.MonkeyPatch
+):
+    cond, picture = pipeline.embed_text(["a cube"]), torch.zeros(3, 32, 32, dtype=torch.uint8)
+    cond.image_emb = torch.full_like(cond.text_emb, torch.nan)
+    with pytest.raises(ValueError, match="z_i of row 0 is not finite"):
+        pipeline.invert(picture[None], cond, pipeline.resolved(None))
+    monkeypatch.setattr(pipeline, "embed_image", lambda given: cond.image_emb)
+    with pytest.raises(ValueError, match="z_i of row 0 is not finite"):
+        list(pipeline.inpaint(picture, torch.ones(32, 32, dtype=torch.bool)))
+
+
 class Casts(TorchDispatchMode):
     """Counts how often each parameter is cast to bfloat16, by its place in memory."""
 

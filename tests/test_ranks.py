@@ -24,6 +24,8 @@ COMMON = ["data.path=data", "trainer.precision=fp32", "optim.eps=1e-4", "trainer
 COMMON += [f"trainer.max_steps={STEPS}", "data.max_val=7"]
 COMMON += [f"trainer.{what}_every={HALFWAY}" for what in ("val", "sample", "checkpoint", "log")]
 EMBEDDED = ["data.embeddings=embeddings"]
+SPLIT = ["model.net.dropout=0", "model.split=0.3"]
+LAST = "channels:[8,16],num_blocks:1,groups:8,attention_levels:[1],head_dim:16"  # beside a net that stays as it is
 CASES: dict[str, tuple[str, list[str]]] = {
     "clip": ("clip", []),
     "clip-parts": ("clip", ["trainer.accumulate=2"]),
@@ -33,6 +35,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "prior": ("prior", [*EMBEDDED, "model.num_draws=2", "model.net.depth=2"]),
     "ar_prior": ("prior", ["model=ar_prior", *EMBEDDED, "model.net.depth=2", "model.sampling.guidance_scale=2"]),
     "decoder": ("decoder", [*EMBEDDED, "model.net.dropout=0", "model.net.gradient_checkpointing=true"]),
+    "decoder-second": ("decoder", [*EMBEDDED, *SPLIT, f"model.last_net={{{LAST}}}", "model.first=half"]),
     "upsampler": ("upsampler", ["trainer.accumulate=2"]),
 }
 
@@ -69,6 +72,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.chdir(root)
         train_all([("clip", ["run=first", "data.path=data", *TINY["clip"], "logger=none", "trainer.accelerator=cpu"])])
         run_command("unclip-embed", "run=embeddings", "clip=first", "data=data", cwd=root)
+        train_all([("decoder", ["run=half", *TINY["decoder"], *COMMON, *EMBEDDED, *SPLIT])])
         train_all(runs("auto", 1, list(CASES)))
         half, resumed = f"trainer.max_steps={HALFWAY}", ["clip-sigmoid", "decoder"]
         train_all(runs("auto", 1, resumed, half, folder="one-then-fsdp2"))

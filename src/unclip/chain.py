@@ -18,7 +18,7 @@ from unclip.diffusion.repaint import repaint
 from unclip.diffusion.samplers import OnStep
 from unclip.errors import ArtifactError, ConfigError
 from unclip.jobs import Drawn, Job, Sampling, known_parts, laid_over, there
-from unclip.loading import Models, OnDemand
+from unclip.loading import Models, OnDemand, refuse_half
 from unclip.models.pictures import middle, resize, to_range, to_uint8
 from unclip.models.sampling import AnyPriorSampling, ARSampling, DiffusionSampling, NoSampling, UpsamplerSampling
 from unclip.nets.layers import Cond
@@ -125,6 +125,7 @@ class Chain:
     def invert(self, pictures: Tensor, cond: Cond, how: Sampling, on_step: OnStep | None = None) -> Tensor:
         """x_T (B, 3, h, w) of uint8 pictures (B, 3, H, W) of any size, seen by the decoder under ``cond``."""
         assert how.decoder is not None
+        _refuse_nonfinite(cond.image_emb)
         x0 = self.fitted(pictures, self.base_size(how)).to(self.device)
         with self._autocast:
             denoiser = self.models["decoder"].denoiser(cond, how.decoder, size=self.base_size(how))
@@ -149,6 +150,7 @@ class Chain:
     def _repainted(
         self, cond: Cond, seeds: Sequence[int], how: Sampling, jobs: Sequence[Job], on_step: OnStep | None = None
     ) -> Tensor:
+        _refuse_nonfinite(cond.image_emb)
         size = self.base_size(how)
         known, mask = known_parts(jobs, size)
         noise = Noise(seeds, self.device).branch("decoder")
@@ -315,12 +317,7 @@ class Chain:
                     f"{self.folders[name]} was trained on CLIP {theirs[:8]} but {self.folders['clip']} is CLIP {clip[:8]}; "
                     "use stages that were trained on one CLIP, or embed and train again"
                 )
-        decoder = self.configs["decoder"]
-        if decoder.split and decoder.last_net is None:
-            raise ArtifactError(
-                f"{self.folders['decoder']} draws the noisier {1 - decoder.split:.0%} of the steps only (model.split): use "
-                "the decoder that train-decoder makes of it with model.first and model.last_net"
-            )
+        refuse_half(self.manifests["decoder"], self.folders["decoder"])
         for name, before in zip(self.upsamplers, ["decoder", *self.upsamplers], strict=False):
             takes, gets = self.configs[name].low_size, self.configs[before].image_size
             if takes != gets:

@@ -63,6 +63,7 @@ def measure_step(
         found = next(iter(tracker.get_tracker_snapshot("peak").values()))
         kinds = {kind.name if isinstance(kind, Enum) else kind: size for kind, size in found.items()}
         sizes = [p.numel() for p in model.parameters()]
+        resting = 0 if getattr(model, "last_net", None) is None else sum(p.numel() for p in model.net.parameters())
         units = [sum(p.numel() for p in unit.parameters()) for unit in _units(model)]
         return Step(
             parameters=sum(sizes),
@@ -75,7 +76,7 @@ def measure_step(
                 "activations": kinds["ACT"] + kinds["TEMP"] + kinds["OTH"],
             },
             largest_block=max(units, default=0),
-            outside=sum(sizes) - sum(units),
+            outside=sum(sizes) - resting - sum(units),
         )
 
 
@@ -133,11 +134,13 @@ def example(cfg: ModelConfig, interface: Interface, rows: int) -> Batch:
     )
 
 
-def _units(model: nn.Module) -> list[nn.Module]:
+def _units(model: Any) -> list[nn.Module]:
+    """The blocks that fsdp2 gathers one by one in a training step, in which the first of two nets takes no part."""
     from open_clip.transformer import ResidualAttentionBlock
 
     kinds = (TransformerBlock, ResnetBlock, ContextAttention, ResidualAttentionBlock)
-    return [module for module in model.modules() if isinstance(module, kinds)]
+    resting = set() if getattr(model, "last_net", None) is None else set(model.net.modules())
+    return [module for module in model.modules() if isinstance(module, kinds) and module not in resting]
 
 
 def on_devices(step: Step, devices: int, precision: Precision) -> dict[str, dict[str, int]]:

@@ -36,7 +36,7 @@ from unclip.stages.prior import PriorStage
 from unclip.stages.sharded import Sharded
 from unclip.stages.upsampler import UpsamplerStage
 from unclip.tensor_file import write_tensors
-from unclip.tuning import parents_of, start_from
+from unclip.tuning import note_parent, parents_of, start_from
 from unclip.watch import Metrics, Watchdog
 
 log = logging.getLogger(__name__)
@@ -190,6 +190,8 @@ def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, Uncl
         start_from(cfg.init, model, kind, data.interface, Path(cfg.run))
     elif fresh:
         model.fit(data.embeddings)
+    if fresh and (first := getattr(model_cfg, "first", None)) is not None:
+        note_parent(Path(cfg.run), "first", first)
     if cfg.trainer.channels_last and torch.cuda.is_available() and kind in ("decoder", "upsampler"):
         model = model.to(memory_format=torch.channels_last)  # on a CPU it makes GroupNorm several times slower
     return model, data

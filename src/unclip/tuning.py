@@ -8,11 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from unclip import artifact
+from unclip.artifact import Manifest
 from unclip.errors import ConfigError
 from unclip.models import Decoder, Upsampler
 from unclip.models.interface import Interface
+from unclip.models.second_net import take_first
 
-INIT = "init.json"  # in the run: what it started from
+PARENTS = ("init", "first")  # and in the run a file of each: what it started from
 
 
 def settings_of(init: str, kind: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def settings_of(init: str, kind: str, given: dict[str, Any]) -> dict[str, Any]:
     manifest = artifact.read_manifest(init, kind=kind)
     if given["kind"] != manifest.model:
         raise ConfigError(f"init={init} is a {manifest.model}, not a {given['kind']}: add model={manifest.model}")
-    base = {**manifest.config, **({"first": None} if kind == "upsampler" else {})}
+    base = {**manifest.config, **({"first": None} if kind in ("decoder", "upsampler") else {})}
     return _over(base, given)
 
 
@@ -49,13 +51,24 @@ def start_from(init: str, model: Any, kind: str, interface: Interface, run: Path
         model.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ConfigError(f"with these settings model.* is another net than that of init={init}: {error}") from error
-    if isinstance(model, Decoder | Upsampler) and model.cfg.first is not None:
-        first = artifact.read_weights(model.cfg.first)
-        model.net.load_state_dict({n.removeprefix("net."): v for n, v in first.items() if n.startswith("net.")})
+    if isinstance(model, Decoder | Upsampler) and model.last_net is not None:
+        if model.cfg.first is not None:
+            take_first(model, kind)
+        elif model.cfg.kind_of_net() != artifact.config_of(manifest, Path(init)).kind_of_net():
+            raise ConfigError(
+                f"the first net of init={init} stays as it is, so this run cannot differ from it in sizes, net, condition, "
+                "diffusion or split: leave these settings out"
+            )
+    note_parent(run, "init", init, manifest)
+
+
+def note_parent(run: Path, role: str, source: str, manifest: Manifest | None = None) -> None:
+    """Write down in ``run`` what it started from: its ``init``, or the ``first`` net that it keeps."""
+    manifest = manifest or artifact.read_manifest(source)
     run.mkdir(parents=True, exist_ok=True)
-    draft = run / f"{INIT}.{os.getpid()}.tmp"  # one for each rank
-    draft.write_text(json.dumps({"from": init, "hash": manifest.hash}) + "\n")
-    os.replace(draft, run / INIT)
+    draft = run / f"{role}.json.{os.getpid()}.tmp"  # one for each rank
+    draft.write_text(json.dumps({"from": source, "hash": manifest.hash}) + "\n")
+    os.replace(draft, run / f"{role}.json")
 
 
 def _fitted(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,6 +84,6 @@ def _fitted(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def parents_of(run: Path) -> dict[str, str]:
-    """The hash of what a run started from, for its artifact's lineage."""
-    path = run / INIT
-    return {"init": json.loads(path.read_text())["hash"]} if path.exists() else {}
+    """The hashes of what a run started from, by their roles, for its artifact's lineage."""
+    noted = {role: run / f"{role}.json" for role in PARENTS}
+    return {role: json.loads(path.read_text())["hash"] for role, path in noted.items() if path.exists()}

@@ -135,6 +135,16 @@ def test_autocast_outputs_are_scored_in_float32(learned):
     assert all(term.dtype == torch.float32 for term in terms.values())
 
 
+def test_the_bound_of_an_output_in_bfloat16_is_that_of_the_same_numbers_in_float32():
+    diffusion = GaussianDiffusion(DiffusionConfig(learned_variance=True, clip_range=1.0))
+    noise = Noise.at(0, range(64))
+    output = noise.normal((6, 4, 4), "output").bfloat16()
+    x0 = noise.uniform((3, 4, 4), "x") * 2 - 1
+    half, full = (diffusion.losses(lambda x, t, c, o=o: o, x0, None, noise) for o in (output, output.float()))
+    for name, value in full.items():
+        assert_close(half[name], value, rtol=1e-6, atol=0)
+
+
 def test_kl_is_the_closed_form():
     generator = torch.manual_seed(0)
     mean_q, log_var_q, mean_p, log_var_p = torch.randn(4, 100, generator=generator)

@@ -8,21 +8,24 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from models.test_decoder import DDIM, INTERFACE, NET, TEXT, make, make_batch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from unclip import artifact
 from unclip.artifact import Manifest
-from unclip.config import to_plain
+from unclip.cli.train import CONF, forced
+from unclip.config import to_plain, typed
 from unclip.diffusion.noise import Noise
-from unclip.diffusion.samplers import SamplerConfig
-from unclip.diffusion.settings import DiffusionConfig, Predict
+from unclip.diffusion.samplers import Sampler, SamplerConfig
+from unclip.diffusion.settings import DiffusionConfig, Predict, Timesteps, Weighting
 from unclip.errors import ConfigError
-from unclip.models.decoder import Decoder
+from unclip.models.decoder import Decoder, DecoderConfig
 from unclip.models.sampling import DiffusionSampling
 from unclip.nets.conditioned import NullText
 from unclip.nets.unet import UNetConfig
+from unclip.train import DecoderTrainConfig
 
 LAST = UNetConfig(channels=[8, 16], num_blocks=1, attention_levels=[0], head_dim=8, groups=8)
 X0 = DiffusionConfig(predict=Predict.x0, clip_range=1.0)
@@ -127,8 +130,45 @@ def test_settings_that_contradict_each_other(tmp_path: Path):
 )
 def test_the_first_run_is_one_alike(tmp_path: Path, other: dict[str, Any]):
     first = saved(make(**{**SPLIT, **other}), tmp_path / "other")
-    with pytest.raises(ConfigError, match="another size, net, condition, diffusion or split than this run"):
+    with pytest.raises(ConfigError, match="differs from this run in sizes, net, condition, diffusion or split"):
         make(last_net=LAST, first=str(first), **SPLIT).fit(None)
+
+
+def test_how_each_net_learns_is_its_own_affair(tmp_path: Path):
+    first = saved(make(**SPLIT), tmp_path / "first")
+    own = {
+        "net": replace(NET, dropout=0.1, gradient_checkpointing=True),
+        "conditioning": replace(TEXT, transformer=replace(TEXT.transformer, gradient_checkpointing=True)),
+        "diffusion": replace(X0, weighting=Weighting.clamped_snr, snr_limit=25.0, timesteps=Timesteps.low_discrepancy),
+        "drop_text": 0.2,
+        "sampling": DDIM,
+    }
+    make(last_net=LAST, first=str(first), **{**SPLIT, **own}).fit(None)
+
+
+def test_the_presets_of_both_nets_fit():
+    first, last = (preset(f"emoji_decoder_{which}") for which in ("first", "last"))
+    assert first.kind_of_net() == last.kind_of_net()
+    assert first.is_half
+    assert not last.is_half
+
+
+def preset(name: str) -> DecoderConfig:
+    given = ["run=run", "data.path=data", f"experiment={name}"]
+    with initialize_config_dir(str(CONF.resolve()), version_base="1.3"):
+        return typed(compose("train_decoder", [forced(o) for o in given]), DecoderTrainConfig).model
+
+
+def test_half_a_decoder_is_not_asked_about_the_timesteps_that_it_does_not_know():
+    model, batch = make(**SPLIT), make_batch(2)
+    model.net = Constant(-0.5)  # type: ignore[assignment]
+    for sampler in (Sampler.ddim, Sampler.ancestral, Sampler.dpmpp_2m, Sampler.unipc, Sampler.heun):
+        model.net.seen.clear()
+        how = replace(DDIM, sampler=SamplerConfig(sampler, 7))
+        drawn = model.sample(model.cond(batch), how, Noise(range(2)))
+        assert model.net.seen
+        assert min(step for step, _ in model.net.seen) >= 300
+        assert_close(drawn, torch.full_like(drawn, -0.5), atol=0.02, rtol=0)
 
 
 def test_the_first_run_is_of_the_same_clip(tmp_path: Path):

@@ -139,7 +139,7 @@ def test_a_second_net_wants_the_run_of_one_like_it(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"give its run with model\.first=RUN"):
         make(last_steps=1).fit(None)
     other = saved(make(net=replace(NET, num_blocks=2)), tmp_path / "other")
-    with pytest.raises(ConfigError, match="has other sizes, another net or another diffusion"):
+    with pytest.raises(ConfigError, match="differs from this run in sizes, net, condition, diffusion or split"):
         make(last_steps=1, first=str(other)).fit(None)
     with pytest.raises(ValueError, match="set last_steps=1"):
         make(first="runs/first")

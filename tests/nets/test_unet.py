@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 from net_support import assert_equal_nets, randomise
@@ -6,7 +8,7 @@ from torch.testing import assert_close
 from unclip.nets.conditioned import NOISE_LEVELS, ConditioningConfig, DecoderNet, DecoderText, NullText, UpsamplerNet
 from unclip.nets.layers import ClipWidths, Cond, Keep, Null
 from unclip.nets.transformer import TextTransformerConfig
-from unclip.nets.unet import UNet, UNetConfig, UNetContext
+from unclip.nets.unet import ContextAttention, ResnetBlock, UNet, UNetConfig, UNetContext
 
 D, N = 24, 7
 WIDTHS = ClipWidths(embed_dim=D, text_width=D, context_length=N, vocab_size=50)
@@ -198,6 +200,21 @@ def test_gradient_checkpointing_changes_no_gradient():
         gradients.append({name: parameter.grad for name, parameter in net.named_parameters()})
     for name, grad in gradients[0].items():
         assert_close(gradients[1][name], grad, msg=name)
+
+
+@pytest.mark.parametrize(("checkpointing", "times"), [(False, 1), (True, 2)])
+def test_gradient_checkpointing_runs_each_block_and_attention_twice(checkpointing: bool, times: int):
+    cfg = UNetConfig([16, 32], 1, [1], head_dim=8, groups=8, gradient_checkpointing=checkpointing)
+    net = make_net(DecoderText.clip_states, cfg=cfg)
+    runs = Counter[object]()
+    blocks = [m for m in net.unet.modules() if isinstance(m, ResnetBlock | ContextAttention)]
+    for block in blocks:
+        block.register_forward_hook(lambda module, *_: runs.update([module]))
+    net(
+        torch.ones(3, 3, 16, 16), torch.tensor([0, 500, 999]), net.prepare(make_cond(), Keep())
+    ).square().sum().backward()
+    assert {type(block) for block in blocks} == {ResnetBlock, ContextAttention}
+    assert {runs[block] for block in blocks} == {times}
 
 
 def test_channels_last_gives_the_same_picture():

@@ -265,16 +265,32 @@ class NetBranches:
         return self.net(torch.cat([x_t, x_t]), timestep, self.context, *(torch.cat([x, x]) for x in x0_last))
 
 
+def steps_below(limit: int, schedule: NoiseSchedule) -> int:
+    """How many of a respaced schedule's steps are training steps below ``limit``."""
+    return sum(timestep < limit for timestep in schedule.timesteps.tolist())
+
+
 class Handover:
     """Two networks that share a run's steps: the second one takes those of the training steps below ``limit``."""
 
     def __init__(self, first: Branches, second: Branches, schedule: NoiseSchedule, limit: int) -> None:
         self.first, self.second = first, second
-        self.last_steps = sum(timestep < limit for timestep in schedule.timesteps.tolist())
+        self.last_steps = steps_below(limit, schedule)
 
     def __call__(self, x_t: Tensor, step: int, guided: bool, /, *x0_last: Tensor) -> Tensor:
         branches = self.second if step < self.last_steps else self.first
         return branches(x_t, step, guided, *x0_last)
+
+
+class Unfinished:
+    """A denoiser that knows no training steps below ``limit``: there its last prediction stands."""
+
+    def __init__(self, denoiser: Denoiser, limit: int) -> None:
+        self.denoiser, self.schedule, self.shape = denoiser, denoiser.schedule, denoiser.shape
+        self.unknown = steps_below(limit, denoiser.schedule)
+
+    def __call__(self, x_t: Tensor, step: int, last: Prediction | None = None) -> Prediction:
+        return last if step < self.unknown and last is not None else self.denoiser(x_t, step, last)
 
 
 class NetDenoiser:

@@ -18,6 +18,7 @@ from unclip.artifact import MANIFEST, Manifest
 from unclip.errors import ArtifactError, ConfigError
 from unclip.interop.drafts import complete_or_not
 from unclip.interop.model_card import Card, card_of
+from unclip.loading import refuse_half
 
 PREFIX = "hf://"
 KINDS = ("clip", "prior", "decoder", "upsampler")
@@ -60,6 +61,8 @@ def prepare(cfg: Push, folder: Path) -> None:
     stages = _stages(cfg.runs)
     manifests = {name: artifact.verify(run) for name, run in stages.items()}
     _refuse_mixed(stages, manifests)
+    for name, manifest in manifests.items():
+        refuse_half(manifest, stages[name])
     sheets, texts = {}, _texts(cfg.runs, manifests)
     for name, run in stages.items():
         source = artifact.locate(run)

@@ -14,6 +14,7 @@ from unclip import artifact
 from unclip.errors import ArtifactError, ConfigError
 from unclip.interop.drafts import complete_or_not
 from unclip.interop.onnx_steps import Step, steps_of
+from unclip.loading import refuse_half
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # largest difference, relative to the largest output where that is above 1
@@ -36,6 +37,7 @@ def export_onnx(runs: Path, out: Path, *, programs: bool = False) -> dict[str, f
     with complete_or_not(out) as draft:
         for name, folder in _stages(runs).items():
             model, manifest = artifact.load(folder)
+            refuse_half(manifest, folder)
             for step in steps_of(name, model.float()):
                 log.info("exporting %s", step.name)
                 file = draft / f"{step.name}.onnx"
@@ -44,7 +46,8 @@ def export_onnx(runs: Path, out: Path, *, programs: bool = False) -> dict[str, f
                     torch.export.save(program, file.with_suffix(".pt2"))
                 found[file.name] = check(step, file)
                 shapes = {key: ["batch", *value.shape[1:]] for key, value in step.inputs.items()}
-                index[file.name] = {"inputs": shapes, "outputs": step.outputs, "artifact": manifest.hash}
+                about = {"inputs": shapes, "outputs": step.outputs, "artifact": manifest.hash}
+                index[file.name] = about | ({} if step.timesteps is None else {"timesteps": step.timesteps})
         (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return found
 

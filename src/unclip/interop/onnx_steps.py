@@ -20,17 +20,21 @@ TEXT = ("text_emb", "text_seq", "tokens")
 
 @dataclass
 class Step:
-    """A net's forward: ``run`` maps the named ``inputs`` (examples with a batch of 2) to the named ``outputs``."""
+    """A net's forward: ``run`` maps the named ``inputs`` (examples with a batch of 2) to the named ``outputs``.
+
+    ``timesteps``: the first and the last that it is for, where two nets share them.
+    """
 
     name: str
     module: nn.Module
     run: Callable[[dict[str, Tensor]], tuple[Tensor, ...]]
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
+    timesteps: tuple[int, int] | None = None
 
 
 def steps_of(name: str, model: nn.Module) -> list[Step]:
-    """CLIP's towers, or a step of a stage's net (of both, where an upsampler has two).
+    """CLIP's towers, or a step of a stage's net (of both, where a decoder or an upsampler has two).
 
     Timesteps are those of the training schedule, embeddings CLIP's raw outputs; ``keep_text`` and ``keep_image`` False drop
     a row's condition, as guidance needs it. Raises :class:`ConfigError` for priors that are no diffusion models.
@@ -80,7 +84,6 @@ def _decoder(name: str, decoder: Decoder) -> list[Step]:
     if conditioning.reads_text:
         inputs["keep_text"] = torch.tensor([False, True])
     columns = [column for column in decoder.cfg.columns if column != "image"]
-    nets = {name: decoder.net} | ({} if decoder.last_net is None else {f"{name}_last": decoder.last_net})
 
     def runner(net: Any) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
         def run(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
@@ -90,7 +93,17 @@ def _decoder(name: str, decoder: Decoder) -> list[Step]:
         return run
 
     given = inputs | _examples(columns, decoder.interface)
-    return [Step(name, net, runner(net), given, ("prediction",)) for name, net in nets.items()]
+    return [
+        Step(own, net, runner(net), given, ("prediction",), timesteps) for own, net, timesteps in _nets(name, decoder)
+    ]
+
+
+def _nets(name: str, model: Decoder | Upsampler) -> list[tuple[str, nn.Module, tuple[int, int] | None]]:
+    """A model's one or two nets, each with its name and the timesteps that are its own where there are two."""
+    if model.last_net is None:
+        return [(name, model.net, None)]
+    limit, total = model.last_diffusion.trained.stop, model.cfg.diffusion.num_timesteps
+    return [(name, model.net, (limit, total - 1)), (f"{name}_last", model.last_net, (0, limit - 1))]
 
 
 def _upsampler(name: str, upsampler: Upsampler) -> list[Step]:
@@ -102,14 +115,16 @@ def _upsampler(name: str, upsampler: Upsampler) -> list[Step]:
     }
     if upsampler.cfg.max_noise:
         inputs["noise_level"] = torch.full((2,), upsampler.cfg.max_noise / 2)
-    nets = {name: upsampler.net} | ({} if upsampler.last_net is None else {f"{name}_last": upsampler.last_net})
 
     def runner(net: Any) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
         return lambda given: (
             net(given["x_t"], given["timestep"], net.prepare(given["low"], given.get("noise_level"))),
         )
 
-    return [Step(name, net, runner(net), inputs, ("prediction",)) for name, net in nets.items()]
+    return [
+        Step(own, net, runner(net), inputs, ("prediction",), timesteps)
+        for own, net, timesteps in _nets(name, upsampler)
+    ]
 
 
 def _examples(columns: list[str], widths: Interface) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import Branches, GaussianDiffusion, Handover, NetBranches, NetDenoiser
+from unclip.diffusion.gaussian import Branches, Denoiser, GaussianDiffusion, Handover, NetBranches, Unfinished
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, SamplerConfig, sample
@@ -20,6 +20,7 @@ from unclip.models.inputs import text_side
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import training_pictures
 from unclip.models.sampling import DiffusionSampling
+from unclip.models.second_net import take_first
 from unclip.nets.conditioned import ConditioningConfig, DecoderNet, DecoderText
 from unclip.nets.layers import ClipWidths, Cond, Keep, NullText
 from unclip.nets.unet import UNetConfig, UNetContext
@@ -109,6 +110,11 @@ class DecoderConfig(ModelConfig):
         return math.lcm(*(net.stride for net in self.nets.values()))
 
     @property
+    def is_half(self) -> bool:
+        """Whether the net for the cleaner timesteps is still to be trained."""
+        return bool(self.split) and self.last_net is None
+
+    @property
     def limit(self) -> int:
         """The first timestep that belongs to ``net``, all below being ``last_net``'s."""
         return round(self.split * self.diffusion.num_timesteps)
@@ -116,11 +122,12 @@ class DecoderConfig(ModelConfig):
     def kind_of_net(self) -> tuple[Any, ...]:
         """What two decoders share of which one's net may take over from the other's."""
         net = replace(self.net, dropout=0.0, gradient_checkpointing=False)
+        transformer = replace(self.conditioning.transformer, gradient_checkpointing=False)
+        conditioning = replace(self.conditioning, transformer=transformer)
         embedding = self.embedding, self.embedding_norm, self.embedding_scale
-        diffusion = replace(
-            self.diffusion, weighting=Weighting.simple, snr_limit=5.0, timesteps=Timesteps.uniform
-        )  # how each net learns is its own affair
-        return self.image_size, net, self.conditioning, diffusion, self.split, embedding
+        # how each net learns is its own affair
+        diffusion = replace(self.diffusion, weighting=Weighting.simple, snr_limit=5.0, timesteps=Timesteps.uniform)
+        return self.image_size, net, conditioning, diffusion, self.split, embedding
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -154,7 +161,7 @@ class Decoder(nn.Module):
         """Before training: take the first net from the run ``first`` where this trains a second one, and store the caption ""
         where it stands for a dropped one, from the training embeddings. ConfigError for another's net."""
         if self.last_net is not None:
-            self._take_first()
+            take_first(self, "decoder")
         if self.cfg.conditioning.null_text is not NullText.empty:
             return
         if embeddings is None:
@@ -225,8 +232,11 @@ class Decoder(nn.Module):
         how: DiffusionSampling,
         negative: Cond | None = None,
         size: tuple[int, int] | None = None,
-    ) -> NetDenoiser:
-        """The decoder under its conditions, as samplers see it; the arguments are those of :meth:`sample`."""
+    ) -> Denoiser:
+        """The decoder under its conditions, as samplers see it; the arguments are those of :meth:`sample`.
+
+        Of a half one the prediction of its last step stands for all cleaner ones.
+        """
         shape = (3, *(size or (self.cfg.image_size, self.cfg.image_size)))
         self._check_widths(cond)
         cond, negative = self._scaled(cond), None if negative is None else self._scaled(negative)
@@ -238,28 +248,8 @@ class Decoder(nn.Module):
         branches: Branches = branches_of(self.net)
         if self.last_net is not None:
             branches = Handover(branches, branches_of(self.last_net), schedule, self.cfg.limit)
-        return self.diffusion.denoiser_of(branches, schedule, shape=shape, guidance=how.guidance)
-
-    def _take_first(self) -> None:
-        if self.cfg.first is None:
-            raise ConfigError(
-                "model.last_net adds a second net to a trained decoder: give its run with model.first=RUN; to train that one "
-                "first, set model.last_net=null"
-            )
-        from unclip import artifact
-
-        first, _ = artifact.load(self.cfg.first, kind="decoder")
-        assert isinstance(first, Decoder)
-        if first.interface.clip != self.interface.clip:
-            raise ConfigError(
-                f"the decoder of model.first={self.cfg.first} is of another CLIP than the data's embeddings"
-            )
-        if self.cfg.kind_of_net() != first.cfg.kind_of_net():
-            raise ConfigError(
-                f"the decoder of model.first={self.cfg.first} has another size, net, condition, diffusion or split than this run; "
-                "give the settings that it was trained with, and model.last_net beside them"
-            )
-        self.net.load_state_dict(first.net.state_dict())
+        denoiser = self.diffusion.denoiser_of(branches, schedule, shape=shape, guidance=how.guidance)
+        return Unfinished(denoiser, self.cfg.limit) if self.cfg.is_half else denoiser
 
     def _check_columns(self, cond: Cond) -> None:
         """In training a missing condition is a mistake; in sampling it counts as dropped."""

@@ -17,6 +17,7 @@ from unclip.errors import ConfigError
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import Bsr, blur, crop, resize, to_range, training_pictures
 from unclip.models.sampling import UpsamplerSampling
+from unclip.models.second_net import take_first
 from unclip.nets.conditioned import UpsamplerNet
 from unclip.nets.tiles import in_tiles
 from unclip.nets.unet import UNetConfig
@@ -143,22 +144,8 @@ class Upsampler(nn.Module):
         """Before training: with a second net, take both nets' weights from the run ``first``. ConfigError for another's."""
         if self.last_net is None:
             return
-        if self.cfg.first is None:
-            raise ConfigError(
-                f"model.last_steps={self.cfg.last_steps} adds a second net to a trained upsampler: give its run with "
-                "model.first=RUN; to train that one first, set model.last_steps=0"
-            )
-        from unclip import artifact
-
-        first, _ = artifact.load(self.cfg.first, kind="upsampler")
-        assert isinstance(first, Upsampler)
-        if self.cfg.kind_of_net() != first.cfg.kind_of_net():
-            raise ConfigError(
-                f"the upsampler of model.first={self.cfg.first} has other sizes, another net or another diffusion than "
-                "this run; give the settings that it was trained with, and model.last_steps beside them"
-            )
-        self.net.load_state_dict(first.net.state_dict())
-        self.last_net.load_state_dict(first.net.state_dict())
+        take_first(self, "upsampler")
+        self.last_net.load_state_dict(self.net.state_dict())
 
     def finish(self, embeddings: Any) -> None:
         """Nothing to gather after training."""
