@@ -4,6 +4,8 @@ python scripts/results.py                                        writes the page
 python scripts/results.py add NAME --from RUN --title TITLE --command "COMMAND" --seeds "0"
                                                                  makes docs/results/NAME.json of RUN/evaluation.json
 
+docs/results/peer_quality/ holds the pieces of scripts/bench/peer_quality.py, of which the page gives the figures.
+
 A file holds a ``title``, an ``order`` on the page, perhaps a ``note``, and ``rows``. Each row names its ``figure`` and ``value``
 (a number or words), and where it comes from: ``command``, ``commit``, ``machine``, ``date`` and ``seeds``, null where that was not
 noted at the time. Optional are ``unit``, ``interval`` and ``goal``. What all rows have in common may stand under ``all``.
@@ -16,12 +18,18 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
 ORIGIN = ("command", "commit", "machine", "date", "seeds")
 FIELDS = {"figure", "value", "unit", "interval", "goal", *ORIGIN}
+GOALS = {
+    "prior_time_to_peer_quality": "≥ 4 at the lower end",
+    "decoder_time_to_peer_quality": "≥ 4 at the lower end",
+    "sampling_to_equal_kid_vs_dalle2_pytorch": "≥ 8",
+}
 HEAD = """# Results
 
 Written by `python scripts/results.py` from [docs/results/](results/); do not edit. Every row says which command found it, at which
@@ -53,6 +61,7 @@ def main() -> None:
 def page(folder: Path) -> str:
     """The page in Markdown. ValueError, with file and row, for one that lacks something."""
     found = [read(path) for path in sorted(folder.glob("*.json"))]
+    found += side_by_side(folder / "peer_quality")
     found.sort(key=lambda content: (content.get("order", 100), content["title"]))
     parts = [HEAD]
     for content in found:
@@ -62,6 +71,34 @@ def page(folder: Path) -> str:
         lines += [f"| {' | '.join(cell(row, column) for column in COLUMNS)} |" for row in content["rows"]]
         parts += ["\n" + "\n".join(lines) + "\n"]
     return "".join(parts)
+
+
+def side_by_side(folder: Path) -> list[dict[str, Any]]:
+    """What the complete pieces of the comparison with dalle2-pytorch say, in the form of a file; nothing without any."""
+    if not folder.is_dir():
+        return []
+    sys.path.insert(0, str(Path(__file__).parent / "bench"))
+    from quality_pieces import Records, figures
+
+    rows = []
+    for stage, sides in Records(folder).complete().items():
+        records = [json.loads(Records(folder).path(piece).read_text()) for of in sides.values() for piece, _ in of]
+        steps = records[0]["sampling"]
+        origin = {name: joined(record[name] for record in records) for name in ("command", "commit", "date")}
+        origin["machine"] = joined(
+            f"{record['machine']['threads']} of {record['machine']['cores']} cores, {record['machine']['cpu']}"
+            for record in records
+        )
+        origin["seeds"] = joined(str(piece.seed) for of in sides.values() for piece, _ in of)
+        for name, value in figures(stage, sides, steps["curve"]["unclip"], steps["readme"]).items():
+            ends = [rounded(value["min"]), rounded(value["max"])]
+            goal = {"goal": GOALS[name]} if name in GOALS else {}
+            rows.append({"figure": name, "value": rounded(value["median"]), "interval": ends, **goal, **origin})
+    return [{"title": "Side by side with dalle2-pytorch", "order": 90, "rows": rows}] if rows else []
+
+
+def joined(values: Iterable[str]) -> str:
+    return ", ".join(sorted(set(values)))
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -108,10 +108,10 @@ def test_drawing_is_compared_at_equal_kid(pieces: ModuleType):
 
 def test_our_end_is_drawn_with_ever_more_steps_until_it_is_as_good(bench: ModuleType, pieces: ModuleType):
     plan = bench.plans(smoke=False, minutes=None)[1]
-    ours, goal = pieces.Piece("decoder", "unclip", 20.0, 0, 1.5e-3), {"kid": 100.0}
+    ours, rival = pieces.Piece("decoder", "unclip", 20.0, 0, 1.5e-3), [point(pieces, 16, {"kid": 100.0}, steps=250)]
     kids = {2: 150.0, 3: 120.0, 4: 99.0}
     points: list[Any] = []
-    while (wanted := plan.next_point(ours, points, goal)) is not None:
+    while (wanted := plan.next_point(ours, points, rival)) is not None:
         points.append(point(pieces, wanted[0], {"kid": kids.get(wanted[1], 90.0)}, steps=wanted[1]))
     assert [(p.part, p.steps) for p in points] == [(16, 16), (1, 16), (2, 16), (16, 2), (16, 3), (16, 4)]
 
@@ -172,30 +172,45 @@ def test_pieces_have_names_that_words_select(pieces: ModuleType):
 def test_our_snapshots_are_judged_until_the_peer_is_reached_twice(bench: ModuleType, pieces: ModuleType):
     plan, _ = bench.plans(smoke=False, minutes=None)
     ours, goal = pieces.Piece("prior", "unclip", 5.0, 0, 5e-4), {"cosine": 0.5, "recall_1": 0.5}
+    rival = [point(pieces, 16, goal)]
     reached = {16: 0.6, 1: 0.2, 2: 0.5, 3: 0.4, 4: 0.55, 5: 0.56}  # part 3 falls below the goal again
     points: list[Any] = []
-    while (wanted := plan.next_point(ours, points, goal)) is not None:
+    while (wanted := plan.next_point(ours, points, rival)) is not None:
         points.append(point(pieces, wanted[0], dict.fromkeys(goal, reached[wanted[0]])))
     assert [p.part for p in points] == list(reached)
-    assert plan.next_point(ours, [], None) == (16, 16)
-    assert plan.next_point(ours, [point(pieces, part, goal) for part in (16, 8)], None) is None, "without a peer"
+    assert plan.next_point(ours, [], []) == (16, 16)
+    assert plan.next_point(ours, [point(pieces, part, goal) for part in (16, 8)], []) is None, "without a peer"
     plan.every = True
-    assert plan.next_point(ours, points, goal) == (6, 16)
-    assert plan.next_point(ours, [point(pieces, part, goal) for part in range(1, 17)], goal) is None
+    assert plan.next_point(ours, points, rival) == (6, 16)
+    assert plan.next_point(ours, [point(pieces, part, goal) for part in range(1, 17)], rival) is None
+
+
+def test_two_parts_settle_the_time_only_where_nearly_every_half_reaches_the_peer(pieces: ModuleType):
+    theirs = curve(pieces, "kid", 300.0, 100.0)
+    sure = curve(pieces, "kid", 90.0, 90.0, shift=9.0)
+    assert pieces.settled(sure, theirs)
+    assert not pieces.settled(sure[:1], theirs), "one is not two"
+    assert not pieces.settled([sure[0], replace(sure[1], part=3)], theirs), "with a gap between them"
+    assert not pieces.settled(curve(pieces, "kid", 95.0, 95.0, shift=10.0), theirs), "every other half is at 105"
+    few = [[105.0] * lacking + [95.0] * (pieces.HALVES - lacking) for lacking in (2, 3)]
+    reached = [[point(pieces, part, {"kid": 95.0}) for part in (1, 2)] for _ in few]
+    for points, halves in zip(reached, few, strict=True):
+        points[:] = [replace(p, halves={"kid": halves}) for p in points]
+    assert [pieces.settled(points, theirs) for points in reached] == [True, False]
 
 
 def test_the_peer_is_judged_with_its_readmes_sampler_at_the_end(bench: ModuleType, pieces: ModuleType):
     plan = bench.plans(smoke=False, minutes=None)[1]
     theirs = pieces.Piece("decoder", "dalle2_pytorch", 20.0, 0, 3e-4)
     points: list[Any] = []
-    while (wanted := plan.next_point(theirs, points, None)) is not None:
+    while (wanted := plan.next_point(theirs, points, [])) is not None:
         points.append(point(pieces, wanted[0], {"kid": 1.0}, steps=wanted[1]))
     assert [(p.part, p.steps) for p in points] == [(16, 250), (16, 20), (8, 20)]
-    assert bench.plans(smoke=False, minutes=None, every=True)[1].next_point(theirs, points, None) == (1, 20)
+    assert bench.plans(smoke=False, minutes=None, every=True)[1].next_point(theirs, points, []) == (1, 20)
     tuning = plan.tuning("dalle2_pytorch")
     assert [(piece.seed, piece.lr) for piece in tuning] == [(100, 1e-4), (100, 3e-4), (100, 9e-4)]
-    assert plan.next_point(tuning[0], [], None) == (1, 20)
-    assert plan.next_point(tuning[0], [point(pieces, 1, {"kid": 1.0}, steps=20)], None) is None
+    assert plan.next_point(tuning[0], [], []) == (1, 20)
+    assert plan.next_point(tuning[0], [point(pieces, 1, {"kid": 1.0}, steps=20)], []) is None
 
 
 class Fake:
@@ -239,15 +254,15 @@ def test_a_second_call_runs_only_what_is_missing(bench: ModuleType, monkeypatch:
     assert len(list((tmp_path / "out").glob("*.json"))) == 6
     second = made(bench, monkeypatch, tmp_path)
     complete = second.run(plan)
-    assert [piece.seed for piece in complete["unclip"]] == [0, 1]
+    assert [piece.seed for piece, _ in complete["unclip"]] == [0, 1]
     assert second.workers["unclip"].asked.count("train") == 2, "the tuning is done, the seeds are not"
-    figures = second.figures(plan, complete)
+    figures = bench.figures("prior", complete, plan.curve["unclip"], plan.readme)
     assert figures["prior_time_to_peer_quality"] == {"median": 2.0, "min": 2.0, "max": 2.0}
     third = made(bench, monkeypatch, tmp_path)
-    assert third.figures(plan, third.run(plan)) == figures
+    assert bench.figures("prior", third.run(plan), plan.curve["unclip"], plan.readme) == figures
     assert third.workers["unclip"].asked == third.workers["dalle2_pytorch"].asked == []
-    record = json.loads((tmp_path / "out" / f"{complete['unclip'][0].name}.json").read_text())
-    assert {"piece", "command", "commit", "date", "machine", "data", "training", "points"} <= set(record)
+    record = json.loads((tmp_path / "out" / f"{complete['unclip'][0][0].name}.json").read_text())
+    assert {"piece", "command", "commit", "date", "machine", "data", "clip", "training", "points"} <= set(record)
     assert str(tmp_path) not in json.dumps(record), "a record names no place of this machine"
 
 
@@ -255,7 +270,9 @@ def test_sides_take_turns(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tm
     plan, _ = bench.plans(smoke=True, minutes=None)
     running = made(bench, monkeypatch, tmp_path, "--untuned")
     order: list[str] = []
-    monkeypatch.setattr(running, "train", lambda plan, piece: order.append(f"{piece.side} {piece.seed} {piece.lr}"))
+    monkeypatch.setattr(
+        running, "train", lambda plan, piece, mates: order.append(f"{piece.side} {piece.seed} {piece.lr}")
+    )
     running.run(plan)
     assert order == ["unclip 0 0.0005", "dalle2_pytorch 0 0.0003", "dalle2_pytorch 1 0.0003", "unclip 1 0.0005"]
 
@@ -265,18 +282,75 @@ def test_pieces_of_other_data_are_refused(bench: ModuleType, monkeypatch: pytest
     running = made(bench, monkeypatch, tmp_path, "--untuned")
     running.run(plan)
     running.facts["fingerprint"] = "another"
-    with pytest.raises(SystemExit, match=r"was trained on other data .*here another.*another --out and --scratch"):
+    with pytest.raises(SystemExit, match=r"is of other data .*here another.*another --out and --scratch"):
         running.run(plan)
+    running.facts["fingerprint"] = bench.quality_arrays.made_up(tmp_path / "again")["fingerprint"]
+    plan.shape["width"] += 1
+    with pytest.raises(SystemExit, match=r"is of other shape .*another --out and --scratch"):
+        running.run(plan)
+
+
+def test_seeds_may_have_clips_of_their_own_but_the_sides_of_one_may_not(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    plan, _ = bench.plans(smoke=True, minutes=None)
+    first = made(bench, monkeypatch, tmp_path, "--untuned", "--seeds", "1")
+    first.run(plan)
+    later = made(bench, monkeypatch, tmp_path, "--untuned")
+    later.facts["clip"] = "another"
+    complete = later.run(plan)
+    assert [later.records.read(piece)["clip"] for piece, _ in complete["unclip"]] == ["", "another"]
+    (lonely,) = [piece for piece, _ in complete["dalle2_pytorch"] if piece.seed == 1]
+    later.records.path(lonely).unlink()
+    later.facts["clip"] = "a third"
+    with pytest.raises(
+        SystemExit, match=r"is compared with .*unclip.*seed1.*of another clip \(another, here a third\)"
+    ):
+        later.run(plan)
+
+
+def test_what_is_not_wholly_judged_waits_for_its_own_clip(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    plan, _ = bench.plans(smoke=True, minutes=None)
+    running = made(bench, monkeypatch, tmp_path, "--untuned")
+    piece = bench.Piece("prior", "unclip", plan.minutes, 0, 5e-4)
+    running.train(plan, piece, [])
+    running.facts["clip"] = "another"
+    with pytest.raises(SystemExit, match=r"is not wholly judged, and of another CLIP .*or remove the file"):
+        running.judged(plan, piece, [])
+    running.facts["clip"] = ""
+    monkeypatch.setattr(running.workers["unclip"], "parameters", 32_001)
+    with pytest.raises(SystemExit, match=r"was built otherwise .*32000.*32001.*remove it to train again"):
+        running.judged(plan, piece, [])
+
+
+def test_the_page_of_results_has_the_figures_of_complete_pieces(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    plan, _ = bench.plans(smoke=True, minutes=None)
+    complete = made(bench, monkeypatch, tmp_path, "--untuned").run(plan)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "out").rename(tmp_path / "results" / "peer_quality")
+    script = [sys.executable, str(BENCH.parent / "results.py"), "--docs", str(tmp_path)]
+    subprocess.run(script, check=True)
+    page = (tmp_path / "results.md").read_text()
+    row = next(line for line in page.splitlines() if line.startswith("| prior_time_to_peer_quality |"))
+    figure = bench.figures("prior", complete, plan.curve["unclip"], plan.readme)["prior_time_to_peer_quality"]
+    assert f"| {figure['median']} | {figure['min']} to {figure['max']} | ≥ 4 at the lower end |" in row
+    assert "| 0, 1 |" in row
+    assert "—" not in row
+    assert row.count("peer_quality.py --data DATA/64") == 1
 
 
 def test_a_snapshot_that_is_gone_is_named(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     plan, _ = bench.plans(smoke=True, minutes=None)
     running = made(bench, monkeypatch, tmp_path, "--untuned")
     piece = bench.Piece("prior", "unclip", plan.minutes, 0, 5e-4)
-    running.train(plan, piece)
+    running.train(plan, piece, [])
     (running.scratch(piece) / "2.pt").unlink()
     with pytest.raises(SystemExit, match=r"2\.pt is gone, but .*remove .*\.json to train that piece again"):
-        running.judged(plan, piece, None)
+        running.judged(plan, piece, [])
 
 
 def test_a_damaged_record_is_named(pieces: ModuleType, tmp_path: Path):

@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +36,11 @@ from quality_pieces import (
     Point,
     Records,
     best_rate,
-    drawing_speedup,
+    figures,
     final,
-    interval,
-    reached_twice,
     reaches,
     selected,
-    speedup,
+    settled,
 )
 from turns import report
 
@@ -74,21 +71,20 @@ class Plan:
         """Of a piece that only chooses a learning rate the end is enough."""
         return 1 if piece.seed == TUNING_SEED else self.parts
 
-    def next_point(
-        self, piece: Piece, points: Sequence[Point], goal: dict[str, float] | None
-    ) -> tuple[int, int] | None:
+    def next_point(self, piece: Piece, points: Sequence[Point], rival: Sequence[Point]) -> tuple[int, int] | None:
         """Part and steps of the sampler that are to be judged next; None when the piece is done.
 
         The peer: its end with the README's steps, then end and middle with fewer. Ours: the end, then part after part until
-        two in a row have reached ``goal``; without a goal the middle. With ``every`` all parts of both. Then our end with
-        ``fewer`` steps, until it has reached ``goal``.
+        two in a row have surely reached the end of the ``rival``, the peer's piece; without one the middle. With ``every`` all
+        parts of both. Then our end with ``fewer`` steps, until it has reached the rival's.
         """
+        goal = final(rival)[1] if rival else None
         parts, steps = self.parts_of(piece), self.curve[piece.side]
         wanted = [(parts, steps), (-(-parts // 2), steps)]
         if self.every or (piece.side == OURS and goal is not None):
             wanted = [(part, steps) for part in (parts, *range(1, parts))]
         curve = [point for point in points if point.steps == steps]
-        if piece.side == OURS and goal is not None and reached_twice(curve, goal) and not self.every:
+        if piece.side == OURS and goal is not None and settled(curve, rival) and not self.every:
             wanted = wanted[:1]
         if piece.side == THEIRS and piece.seed != TUNING_SEED:
             wanted.insert(0, (parts, self.readme))
@@ -143,34 +139,38 @@ class Bench:
         self.choice, self.arrays, self.facts, self.workers = choice, arrays, facts, workers
         self.records, self.judge = Records(choice.out), Judge(arrays)
 
-    def run(self, plan: Plan) -> dict[str, list[Piece]]:
-        """Train and judge one stage; by side the pieces that are complete then, in the order of their seeds."""
+    def run(self, plan: Plan) -> dict[str, list[tuple[Piece, list[Point]]]]:
+        """Train and judge one stage; by side the pieces that are complete then with their points, in the order of their seeds."""
         rates = self.rates(plan)
-        pieces: list[Piece] = []
-        for seed in range(self.choice.seeds):
+        measured: list[Piece] = []
+        for seed in range(
+            self.choice.seeds
+        ):  # each is trained and judged before the next one, for there may be no more time
             turn = list(rates) if seed % 2 == 0 else list(rates)[::-1]
-            pieces += [Piece(plan.stage, side, plan.minutes, seed, rates[side]) for side in turn]
-        for piece in pieces:
-            self.train(plan, piece)
-        complete: dict[str, list[Piece]] = {side: [] for side in rates}
-        for piece in sorted(pieces, key=lambda piece: piece.side == OURS):  # ours is judged until it reaches the peer
-            rivals = [rival for rival in complete.get(THEIRS, []) if rival.seed == piece.seed and piece.side == OURS]
-            goal = final(self.records.points(rivals[0]))[1] if rivals else None
-            if self.judged(plan, piece, goal):
-                complete[piece.side].append(piece)
-        return complete
+            pair = [Piece(plan.stage, side, plan.minutes, seed, rates[side]) for side in turn]
+            for piece in pair:
+                self.train(plan, piece, pair)
+            rival: list[Point] = []
+            for piece in sorted(pair, key=lambda piece: piece.side == OURS):  # ours is judged until it reaches the peer
+                if self.judged(plan, piece, rival) and piece.side == THEIRS:
+                    rival = self.records.points(piece)
+            measured += pair
+        complete = self.records.complete().get(plan.stage, {})
+        return {
+            side: [(piece, points) for piece, points in complete.get(side, []) if piece in measured] for side in rates
+        }
 
     def rates(self, plan: Plan) -> dict[str, float]:
         """The learning rate of each side: the best of three on a seed of its own, or untuned the middle one. A side is missing
         where --only left out some of its tuning."""
         if self.choice.untuned:
             return {side: plan.rates[side][1] for side in self.workers}
-        for lrs in zip(*map(plan.tuning, self.workers), strict=True):
-            for piece in lrs:
-                self.train(plan, piece)
+        tuning = [piece for lrs in zip(*map(plan.tuning, self.workers), strict=True) for piece in lrs]
+        for piece in tuning:
+            self.train(plan, piece, tuning)
         found = {}
         for side in self.workers:
-            complete = [piece for piece in plan.tuning(side) if self.judged(plan, piece, None)]
+            complete = [piece for piece in plan.tuning(side) if self.judged(plan, piece, [])]
             if len(complete) == len(plan.rates[side]):
                 finals = {piece.lr: final(self.records.points(piece))[1] for piece in complete}
                 found[side] = best_rate(finals, plan.stage)
@@ -180,26 +180,38 @@ class Bench:
                 say(f"{plan.stage}, {side}: no learning rate chosen yet; run without --only, or with --untuned")
         return found
 
-    def train(self, plan: Plan, piece: Piece) -> None:
-        """SystemExit where the model has not the stated number of parameters."""
-        if not selected(piece.name, self.choice.only) or self.known(piece) is not None:
+    def train(self, plan: Plan, piece: Piece, mates: Sequence[Piece]) -> None:
+        """SystemExit where the model has not the stated number of parameters, and where one of the ``mates``, with which it is
+        compared, was trained on another CLIP's embeddings or another machine."""
+        if not selected(piece.name, self.choice.only) or self.known(plan, piece) is not None:
             return
+        here = self.origin()
+        for mate in mates:
+            there = self.known(plan, mate)
+            for what in ("clip", "machine") if there is not None else ():
+                if there[what] != here[what]:
+                    raise SystemExit(
+                        f"{piece.name} is compared with {self.records.path(mate)}, which is of another {what} ({there[what]}, here "
+                        f"{here[what]}): go on with that one, or remove the file"
+                    )
         say(f"training {piece.name}, {piece.minutes:g} minutes")
         built = self.build(plan, piece)
         found = self.workers[piece.side].ask(
             "train", seconds=60 * piece.minutes, lr=piece.lr, seed=piece.seed, parts=plan.parts_of(piece),
             folder=str(self.scratch(piece)),
         )  # fmt: skip
-        record = {"training": found, "built": built, "shape": plan.shape, "points": []}
-        self.records.write(piece, {**self.origin(), **record})
+        sampling = {"curve": plan.curve, "readme": plan.readme, "guidance": plan.guidance}
+        record = {"training": found, "built": built, "shape": plan.shape, "sampling": sampling, "points": []}
+        self.records.write(piece, {**here, **record})
 
-    def judged(self, plan: Plan, piece: Piece, goal: dict[str, float] | None) -> bool:
-        """Judge the snapshots that are wanted; whether the piece is complete then."""
-        record = self.known(piece)
+    def judged(self, plan: Plan, piece: Piece, rival: Sequence[Point]) -> bool:
+        """Judge the snapshots that are wanted; whether the piece is complete then. SystemExit for another CLIP's snapshots and for
+        a model that is built otherwise than the one that was trained."""
+        record = self.known(plan, piece)
         if record is None:
             return False
         built = False
-        while (wanted := plan.next_point(piece, self.records.points(piece), goal)) is not None:
+        while (wanted := plan.next_point(piece, self.records.points(piece), rival)) is not None:
             if not selected(piece.name, self.choice.only):
                 return False
             part, steps = wanted
@@ -209,8 +221,17 @@ class Bench:
                 raise SystemExit(
                     f"{weights} is gone, but {path} wants it judged: remove {path} to train that piece again"
                 )
+            if record["clip"] != self.facts["clip"]:
+                raise SystemExit(
+                    f"{self.records.path(piece)} is not wholly judged, and of another CLIP ({record['clip'][:8]}): give that one's "
+                    "--embeddings and --clip, or remove the file to train the piece again"
+                )
             if not built:
-                self.build(plan, piece)
+                now = self.build(plan, piece)
+                if now != record["built"]:
+                    raise SystemExit(
+                        f"{self.records.path(piece)} was built otherwise ({record['built']}, now {now}): remove it to train again"
+                    )
                 built = True
             how = {"steps": steps, "guidance": plan.guidance, "candidates": 2}
             took = self.workers[piece.side].ask("sample", weights=str(weights), how=how, out=str(drawn))["seconds"]
@@ -220,6 +241,10 @@ class Bench:
             say(
                 f"{piece.name}, part {part} after {seconds:.0f} s, {steps} steps: {brief(values)}; drawn in {took:.0f} s"
             )
+        if (
+            piece.side == THEIRS or rival or len(self.workers) == 1
+        ):  # ours is done once it was judged against the peer's
+            self.records.change(piece, complete=True)
         return True
 
     def build(self, plan: Plan, piece: Piece) -> dict[str, Any]:
@@ -230,14 +255,15 @@ class Bench:
         check_size(piece, built["parameters"], plan.shape["parameters"])
         return built
 
-    def known(self, piece: Piece) -> dict[str, Any] | None:
-        """The piece's record; SystemExit if it was trained on other arrays."""
+    def known(self, plan: Plan, piece: Piece) -> dict[str, Any] | None:
+        """The piece's record; SystemExit if it is of other pictures or other sizes."""
         record = self.records.read(piece)
-        if record is not None and record["data"] != self.facts["fingerprint"]:
-            raise SystemExit(
-                f"{self.records.path(piece)} was trained on other data ({record['data']}, here {self.facts['fingerprint']}): "
-                "give the data and the CLIP that it is from, or another --out and --scratch"
-            )
+        for what, here in (("data", self.facts["fingerprint"]), ("shape", plan.shape)) if record is not None else ():
+            if record[what] != here:
+                raise SystemExit(
+                    f"{self.records.path(piece)} is of other {what} ({record[what]}, here {here}): give those that it is from, or "
+                    "another --out and --scratch"
+                )
         return record
 
     def scratch(self, piece: Piece) -> Path:
@@ -251,30 +277,8 @@ class Bench:
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "machine": machine(),
             "data": self.facts["fingerprint"],
+            "clip": self.facts["clip"],
         }
-
-    def figures(self, plan: Plan, complete: dict[str, list[Piece]]) -> dict[str, dict[str, float]]:
-        """The stage's figures: what each side reached in the end, over its seeds, and the times where both have seeds."""
-        found: dict[str, dict[str, float]] = {}
-        for side, pieces in complete.items():
-            for name in MEASURES[plan.stage] if pieces else ():
-                ends = [final(self.records.points(piece))[1][name] for piece in pieces]
-                found[f"{plan.stage}_{name}_{side}"] = {
-                    "median": float(np.median(ends)), "min": min(ends), "max": max(ends)
-                }  # fmt: skip
-        by_seed = {piece.seed: self.records.points(piece) for piece in complete.get(THEIRS, [])}
-        ours = [piece for piece in complete.get(OURS, []) if piece.seed in by_seed]
-        if not ours:
-            return found
-        pairs = [(self.records.points(piece), by_seed[piece.seed]) for piece in ours]
-        curves = [([p for p in own if p.steps == plan.curve[OURS]], peer) for own, peer in pairs]
-        names = MEASURES[plan.stage]
-        found[f"{plan.stage}_time_to_peer_quality"] = interval(curves, partial(speedup, names))
-        for name in names if len(names) > 1 else ():
-            found[f"{plan.stage}_time_to_peer_{name}"] = interval(curves, partial(speedup, (name,)))
-        if plan.fewer:
-            found["sampling_to_equal_kid_vs_dalle2_pytorch"] = interval(pairs, partial(drawing_speedup, plan.readme))
-        return found
 
 
 def check_size(piece: Piece, parameters: int, wanted: int) -> None:
@@ -330,14 +334,14 @@ def main() -> None:
         sampling: dict[str, Any] = {}
         for plan in plans(choice.smoke, choice.minutes, choice.every):
             found = bench.run(plan)
-            ratios |= bench.figures(plan, found)
-            complete[plan.stage] = [piece.name for pieces in found.values() for piece in pieces]
+            ratios |= figures(plan.stage, found, plan.curve[OURS], plan.readme)
+            complete[plan.stage] = [piece.name for pieces in found.values() for piece, _ in pieces]
             sampling[plan.stage] = {"steps": plan.curve, "steps_readme": plan.readme, "guidance": plan.guidance}
         settings = {
             "pieces": complete,
             "sampling": sampling,
             "judged": "the peer's end with steps_readme and with steps, the better one counts, its middle with steps; our end, "
-            "and our parts in order until two in a row have reached the peer of the same seed; with --every all parts",
+            "and our parts in order until two in a row have surely reached the peer of the same seed; with --every all parts",
             "untuned": choice.untuned,
             "data": facts,
             "interval": "of times: 95 % bootstrap over seeds and halves of the samples; else minimum and maximum of the seeds",

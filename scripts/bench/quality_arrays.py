@@ -1,6 +1,6 @@
 """The arrays that both sides of scripts/bench/peer_quality.py train on and are judged by, written once.
 
-FOLDER/arrays.json                                             widths, counts, where they come from and its fingerprint
+FOLDER/arrays.json                                             widths, counts, sources, the pictures' fingerprint and the CLIP
 FOLDER/{train,eval}/{image,image_emb,text_emb,tokens,text_seq}.npy    uint8 pictures; CLIP's raw outputs
 FOLDER/eval/captions.json
 """
@@ -99,10 +99,15 @@ def write(
         "train": len(train["tokens"]),
         "evaluated": len(captions),
         "source": source,
-        "fingerprint": hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16],
+        "fingerprint": _hash({name: value for name, value in source.items() if name != "clip"}),
+        "clip": source.get("clip", ""),
     }
     (folder / "arrays.json").write_text(json.dumps(facts, indent=1))
     return facts
+
+
+def _hash(source: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _known(folder: Path, source: dict[str, Any]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ MEASURES = {"prior": ("cosine", "recall_1"), "decoder": ("kid",)}
 OURS, THEIRS = "unclip", "dalle2_pytorch"
 TUNING_SEED = 100  # of the pieces that choose a learning rate; no measured piece has it
 REPLICATES, HALVES = 2000, 100
+SURE = 0.975  # of the halves, as an interval of 95 % leaves out on a side
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,28 @@ class Records:
     def add(self, piece: Piece, point: Point) -> None:
         record = self.read(piece)
         assert record is not None
-        record["points"].append(asdict(point))
-        self.write(piece, {name: value for name, value in record.items() if name != "piece"})
+        self.change(piece, points=[*record["points"], asdict(point)])
+
+    def change(self, piece: Piece, **values: Any) -> None:
+        record = self.read(piece)
+        assert record is not None
+        self.write(piece, {name: value for name, value in {**record, **values}.items() if name != "piece"})
+
+    def complete(self) -> dict[str, dict[str, list[tuple[Piece, list[Point]]]]]:
+        """By stage and side the measured pieces that are wholly judged, in the order of their seeds."""
+        found: dict[str, dict[str, list[tuple[Piece, list[Point]]]]] = {}
+        for path in sorted(self.folder.glob("*.json")):
+            try:
+                piece = Piece(**json.loads(path.read_text())["piece"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise SystemExit(f"{path} is damaged ({error}): remove it, and the piece is trained again") from error
+            record = self.read(piece)
+            if record is not None and record.get("complete") and piece.seed != TUNING_SEED:
+                found.setdefault(piece.stage, {}).setdefault(piece.side, []).append((piece, self.points(piece)))
+        return {
+            stage: {side: sorted(of, key=lambda pair: pair[0].seed) for side, of in sides.items()}
+            for stage, sides in found.items()
+        }
 
 
 def selected(name: str, words: Sequence[str]) -> bool:
@@ -117,9 +139,15 @@ def time_to(curve: Iterable[tuple[float, dict[str, float]]], goal: dict[str, flo
     return next((seconds for seconds, values in curve if reaches(values, goal)), math.inf)
 
 
-def reached_twice(points: Sequence[Point], goal: dict[str, float]) -> bool:
-    """Whether two neighbouring parts both reach the goal: then the rest of the curve says no more about the time to it."""
-    found = [p.part for p in points if reaches(p.values, goal)]
+def settled(points: Sequence[Point], theirs: Sequence[Point]) -> bool:
+    """Whether two neighbouring parts both reach what the peer's end reached, on all samples and on nearly every half of them: then
+    the rest of the curve says no more about the time to it, nor about its interval."""
+
+    def surely(point: Point) -> bool:
+        on_halves = sum(reaches(_value(point, half), final(theirs, half)[1]) for half in range(HALVES))
+        return reaches(point.values, final(theirs)[1]) and on_halves >= SURE * HALVES
+
+    found = {point.part for point in points if surely(point)}
     return any(part + 1 in found for part in found)
 
 
@@ -171,6 +199,27 @@ def interval(
     median = float(np.median([ratio(ours, theirs, None) for ours, theirs in pairs]))
     low, high = (float(q) for q in np.quantile(drawn, (0.025, 0.975), method="inverted_cdf"))
     return {"median": median, "min": min(low, median), "max": max(high, median)}
+
+
+def figures(stage: str, pieces: dict[str, list[tuple[Piece, list[Point]]]], curve: int, readme: int) -> dict[str, Any]:
+    """A stage's figures of complete pieces by side: what each side reached in the end, median, minimum and maximum of its seeds,
+    and where both have seeds the ratios of time with their intervals. ``curve``: our sampler's steps; ``readme``: the peer's."""
+    names, found = MEASURES[stage], {}
+    for side, of in pieces.items():
+        for name in names if of else ():
+            ends = [final(points)[1][name] for _, points in of]
+            found[f"{stage}_{name}_{side}"] = {"median": float(np.median(ends)), "min": min(ends), "max": max(ends)}
+    theirs = {piece.seed: points for piece, points in pieces.get(THEIRS, [])}
+    pairs = [(points, theirs[piece.seed]) for piece, points in pieces.get(OURS, []) if piece.seed in theirs]
+    if not pairs:
+        return found
+    curves = [([p for p in own if p.steps == curve], peer) for own, peer in pairs]
+    found[f"{stage}_time_to_peer_quality"] = interval(curves, partial(speedup, names))
+    for name in names if len(names) > 1 else ():
+        found[f"{stage}_time_to_peer_{name}"] = interval(curves, partial(speedup, (name,)))
+    if stage == "decoder":
+        found["sampling_to_equal_kid_vs_dalle2_pytorch"] = interval(pairs, partial(drawing_speedup, readme))
+    return found
 
 
 def best_rate(finals: dict[float, dict[str, float]], stage: str) -> float:

@@ -10,6 +10,7 @@ it knows which one that is. Both sides see the same rows in the same order.
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,9 +89,11 @@ class Worker:
     def train(self, seconds: float, lr: float, seed: int, parts: int, folder: str) -> dict[str, Any]:
         """Train for ``seconds`` of the clock, which stands still while the averaged weights of each part are saved.
 
-        Writes ``folder``/PART.pt. Returns the steps, and for each part its seconds and steps.
+        Writes ``folder``/PART.pt. Returns the steps, for each part its seconds and steps, and the seconds of CPU time: far less
+        than seconds x threads, and something else was at work.
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
+        worked = time.process_time()
         batch, clock, steps = min(self.shape["batch"], len(self.train_rows)), 0.0, 0
         saved: list[dict[str, Any]] = []
         self.side.start(lr, seed)
@@ -107,7 +110,8 @@ class Worker:
             while len(saved) < parts and clock >= seconds * (len(saved) + 1) / parts:
                 saved.append({"part": len(saved) + 1, "seconds": round(clock, 3), "steps": steps})
                 self._save(Path(folder) / f"{len(saved)}.pt")
-        return {"steps": steps, "seconds": round(clock, 3), "snapshots": saved}
+        worked = round(time.process_time() - worked, 3)
+        return {"steps": steps, "seconds": round(clock, 3), "cpu_seconds": worked, "snapshots": saved}
 
     def sample(self, weights: str, how: dict[str, Any], out: str) -> dict[str, Any]:
         """Draw one sample for each evaluation row from the weights of a snapshot and write them all to ``out`` (.npy)."""
