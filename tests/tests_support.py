@@ -75,6 +75,16 @@ def run_command(*arguments: str, cwd: Path, code: int = 0, seconds: float = 240)
     return said
 
 
+class Canary:
+    """Makes the folder ``path`` when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
 def kill_beyond(step: int, checkpoint: Path, arguments: list[str], cwd: Path) -> int:
     """Start a command and kill it once a checkpoint beyond ``step`` stands; the step of the one that it leaves."""
     with subprocess.Popen(
