@@ -64,6 +64,13 @@ def test_every_stage_leaves_an_artifact_a_sheet_and_metrics(chain: Path):
         assert not list(run.glob("*.tmp"))
 
 
+def test_clips_manifest_says_its_recall(chain: Path):
+    """Against a computation by hand: tests/test_loggers.py."""
+    metrics = json.loads((chain / "runs/clip/artifact/manifest.json").read_text())["metrics"]
+    for way in ("text_to_image", "image_to_text"):
+        assert 0 <= metrics[f"val/{way}_recall_1"] <= metrics[f"val/{way}_recall_5"] <= 1
+
+
 def test_the_same_command_again_returns_at_once(chain: Path):
     before = (chain / "runs/clip/artifact/manifest.json").stat().st_mtime_ns
     run_command("train-clip", "run=runs/clip", "data.path=data", *TINY["clip"], cwd=chain)
