@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import Canary
 from torch import nn
 
 from unclip import artifact
@@ -170,21 +171,10 @@ def test_the_hash_covers_what_gives_meaning_and_no_metrics(tmp_path: Path):
     assert len(other | {first}) == 6
 
 
-class Canary:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (self.path, "w"))
-
-
 def test_pickled_weights_are_refused_without_running_them(run: Path, tmp_path: Path):
-    attack = pickle.dumps(Canary(str(tmp_path / "canary")))
-    pickle.loads(attack).close()
-    assert (tmp_path / "canary").exists(), "the pickle does something"
-    (tmp_path / "canary").unlink()
+    attack = pickle.dumps(Canary(tmp_path / "canary"))
+    pickle.loads(attack)
+    (tmp_path / "canary").rmdir()  # it was there: the pickle does something
     (run / "artifact" / "weights.safetensors").write_bytes(attack)
     write_manifest(run)
     with pytest.raises(ArtifactError, match="cannot be read"):

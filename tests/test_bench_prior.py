@@ -1,6 +1,5 @@
 """The benchmarks of the prior at their smallest: they run, and say what they promise. No test reads a time."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from bench_scripts import BENCH, PEER, module, smoke
+from tests_support import lacks
 
 from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.models.interface import Interface
@@ -22,8 +22,8 @@ def ratios_against(peer: str) -> set[str]:
 
 @pytest.mark.slow
 def test_prior_measures_every_ratio_at_equal_parameters():
-    if not PEER.exists() and "peer" not in os.environ.get("UNCLIP_REQUIRE", ""):
-        pytest.skip("dalle2-pytorch's environment is missing: make .venv-peer/ready")
+    if not PEER.exists():
+        lacks("peer", "dalle2-pytorch's environment is missing: make .venv-peer/ready")
     _, found = smoke("prior")
     assert ratios_against("dalle2_pytorch") | ratios_against("diffusers") <= set(found)
     built = found["settings"]["built"]

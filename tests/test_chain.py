@@ -1,6 +1,7 @@
 """The chain end to end through the public commands, on 64 pictures."""
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,16 @@ from unclip.cli.app import app
 pytestmark = pytest.mark.timeout(300)
 
 
+def cpu_seconds() -> float:
+    """User and system time of all commands so far that have ended, with their workers."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.fixture(scope="module")
-def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All stages trained for a few steps on 64 generated pictures."""
-    root = tmp_path_factory.mktemp("chain")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """All stages trained for a few steps on 64 generated pictures, and the CPU seconds that this took."""
+    before, root = cpu_seconds(), tmp_path_factory.mktemp("chain")
     run_command("unclip", "data", "shapes", "--out", "data", "--num", "64", "--size", "32", cwd=root)
     data = "data.path=data"
     run_command("train-clip", "run=runs/clip", data, *TINY["clip"], cwd=root)
@@ -25,7 +32,22 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_command("train-prior", "run=runs/prior", data, stored, *TINY["prior"], cwd=root)
     run_command("train-decoder", "run=runs/decoder", data, stored, *TINY["decoder"], cwd=root)
     run_command("train-upsampler", "run=runs/upsampler", data, *TINY["upsampler"], cwd=root)
-    return root
+    return root, cpu_seconds() - before
+
+
+@pytest.fixture
+def chain(trained: tuple[Path, float]) -> Path:
+    return trained[0]
+
+
+def test_the_chain_takes_less_than_two_minutes_from_nothing_to_a_picture(trained: tuple[Path, float]):
+    """Of CPU time, on one core: how long a command waits depends on what runs beside it, here another file of tests."""
+    root, seconds = trained
+    before = cpu_seconds()
+    run_command("unclip", "generate", "a red cube", "--from", "runs", "--out", "first", "--num", "1", cwd=root)
+    assert (root / "first" / "sheet.png").exists()
+    seconds += cpu_seconds() - before
+    assert 0 < seconds < 120, f"{seconds:.0f} s"
 
 
 def test_every_stage_leaves_an_artifact_a_sheet_and_metrics(chain: Path):
@@ -40,6 +62,13 @@ def test_every_stage_leaves_an_artifact_a_sheet_and_metrics(chain: Path):
         assert {row["step"] for row in rows if any(k.startswith("train/") for k in row)} == {2, 4}
         assert list((run / "samples").glob("step-*.png"))
         assert not list(run.glob("*.tmp"))
+
+
+def test_clips_manifest_says_its_recall(chain: Path):
+    """Against a computation by hand: tests/test_loggers.py."""
+    metrics = json.loads((chain / "runs/clip/artifact/manifest.json").read_text())["metrics"]
+    for way in ("text_to_image", "image_to_text"):
+        assert 0 <= metrics[f"val/{way}_recall_1"] <= metrics[f"val/{way}_recall_5"] <= 1
 
 
 def test_the_same_command_again_returns_at_once(chain: Path):

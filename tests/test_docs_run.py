@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(1800)  # the chain is part of the first test
 
 # What is not run, by how it begins or by a setting or path in it, and why. All of it is parsed: tests/test_docs.py.
 NOT_RUN = {
-    "make": "sets up environments, trains for minutes, or runs the tests; CI runs it",
+    "make": "sets up environments, trains for minutes, or runs the tests; CI sets up and tests, tests/test_demo.py runs the demo",
     "pip install": "changes the environment",
     "unclip import clip": "fetches weights from a hub; tests/test_app.py imports local ones",
     "unclip ui": "serves until Ctrl-C; tests/ui",

@@ -32,7 +32,9 @@ def test_one_seed_is_one_picture_at_batch_1_and_7(pipeline: UnCLIP):
     assert [(p.caption, p.seed) for p in together] == [(c, 3 + j) for c in captions for j in range(7)]
     for one, other in zip(alone, together, strict=True):
         assert one.image.shape == (3, 32, 32)
-        assert (one.image.float() - other.image.float()).abs().mean() <= 1.0
+        difference = (one.image.float() - other.image.float()).abs()  # of 255; float32 nets make 0 or 1
+        assert difference.mean() <= 1.0
+        assert difference.max() <= 2.0
     spread = (together[0].image.float() - together[1].image.float()).abs().mean()
     assert spread > 10, "another seed is another picture"
 

@@ -25,12 +25,6 @@ def test_wrong_options_are_refused(name: str):
     assert "--set needs a value" in script(name, "--set", code=1)
 
 
-@pytest.mark.parametrize("name", ["demo.sh", "emoji.sh"])
-def test_minutes_that_are_no_number_are_refused_before_anything_is_made(name: str, tmp_path: Path):
-    assert "error: x is not a number of minutes" in script(name, "x", str(tmp_path / "runs"), code=2)
-    assert not (tmp_path / "runs").exists()
-
-
 def test_binding_asks_for_a_chain_and_its_time(tmp_path: Path):
     assert "has no clip: train a chain with scripts/demo.sh first" in script("binding.sh", str(tmp_path), code=1)
     for part in ("clip", "prior", "decoder", "data", "embeddings"):

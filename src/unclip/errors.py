@@ -24,7 +24,7 @@ class DataError(UnclipError):
 
 
 class TrainingError(UnclipError):
-    """A run cannot go on: it diverged, or its checkpoint cannot be written."""
+    """A run cannot go on: it diverged, or its checkpoint cannot be written or read."""
 
 
 class DivergedError(TrainingError):

@@ -1,4 +1,4 @@
-"""Writing safetensors with one tensor in memory at a time: sharded ones are gathered when their turn comes."""
+"""Writing safetensors with one tensor in memory at a time: sharded ones are gathered when their turn comes. What reading raises."""
 
 import json
 import os
@@ -7,9 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+BROKEN = (  # what torch.load and safetensors raise for a file that is cut short or damaged
+    SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError,
+    AssertionError,
+)  # fmt: skip
 # In the order of the safetensors library, which puts the last ones first: files are the same to the byte.
 NAMES = {
     torch.bool: "BOOL",

@@ -32,6 +32,7 @@ from unclip.run_lock import RunLock
 from unclip.stages.base import Stage
 from unclip.stages.clip import ClipStage
 from unclip.stages.decoder import DecoderStage
+from unclip.stages.parts import read_last
 from unclip.stages.prior import PriorStage
 from unclip.stages.sharded import Sharded
 from unclip.stages.upsampler import UpsamplerStage
@@ -146,7 +147,7 @@ def train(cfg: TrainConfig) -> Path:
             return artifact.locate(run)
         last = run / "checkpoints" / "last.ckpt"
         last.parent.mkdir(parents=True, exist_ok=True)
-        start = torch.load(last, weights_only=True, mmap=True)["global_step"] if last.exists() else 0
+        start = read_last(last)["global_step"] if last.exists() else 0
 
         model, data = _model_and_data(cfg, kind, fresh=not last.exists())
         adapters = None

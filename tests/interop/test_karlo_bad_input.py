@@ -1,7 +1,6 @@
 """What is no Karlo is refused in words, before anything is written; nothing in a file is ever run."""
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests_support import Canary
 from tiny_karlo import components, text_to_image
 
 from unclip.errors import ArtifactError, ConfigError, UnclipError
@@ -98,16 +98,6 @@ def test_what_is_wrong_is_said_and_nothing_is_written(whole: Path, tmp_path: Pat
     with pytest.raises(UnclipError, match=message):
         import_karlo(folder, tmp_path / "runs")
     assert not [*(tmp_path / "runs").glob("*")]
-
-
-class Canary:
-    """Pickled, it would write a file when it is read."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("inside", ["zip", "bare"])

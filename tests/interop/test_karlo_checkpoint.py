@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests_support import Canary
 from tiny_karlo import D, image_encoder, prior, schedulers, text_encoder, tokenizer
 from torch.testing import assert_close
 from typer.testing import CliRunner
@@ -260,12 +261,8 @@ def dalle2(canary: Path) -> dict[str, Any]:
     model = {**net, "net.learned_query": torch.zeros(8), "noise_scheduler.betas": torch.zeros(1000)}
     model |= {"clip.clip.visual.conv1.weight": torch.zeros(4, 3, 2, 2)}
 
-    class Song:
-        def __reduce__(self):
-            return os.mkdir, (str(canary),)
-
     return {
-        "model": model, "version": Version("1.15.4"), "step": 12_000, "scheduler": Song(),
+        "model": model, "version": Version("1.15.4"), "step": 12_000, "scheduler": Canary(canary),
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(8, 8)}}, "param_groups": [{"lr": 1e-4}]},
     }  # fmt: skip
 

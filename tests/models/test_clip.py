@@ -1,4 +1,3 @@
-import os
 import pickle
 from pathlib import Path
 
@@ -7,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from tests_support import Canary
 from torch.testing import assert_close
 
 from unclip.data.batch import Batch
@@ -136,16 +136,14 @@ def test_local_weights_load_strictly(clip: CLIP, tmp_path: Path, kind: str) -> N
         other.fit()
 
 
-class Evil:
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, ("exit 1",)
-
-
 def test_pickled_code_does_not_run(tmp_path: Path) -> None:
-    path = tmp_path / "weights.pt"
-    torch.save({"state_dict": Evil()}, path)
+    path, canary = tmp_path / "weights.pt", Canary(tmp_path / "canary")
+    torch.save({"state_dict": canary}, path)
+    torch.load(path, weights_only=False)
+    canary.path.rmdir()  # it was there: the file does run code where it may
     with pytest.raises(ArtifactError, match=r"weights\.pt"):
         CLIP(CLIPConfig(**SMALL, pretrained=str(path))).fit()
+    assert not canary.path.exists()
 
 
 def quick(config: CLIPConfig) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from tests_support import lacks
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -60,10 +61,7 @@ class Cluster:
 def slurm() -> Iterator[Cluster]:
     missing = [name for name in ("slurmctld", "slurmdbd", "munged", "mariadbd") if not shutil.which(name, path=SBIN)]
     if missing:
-        reason = (
-            f"{', '.join(missing)} not found; `make setup-slurm` installs a SLURM for the tests (Debian, root or sudo)"
-        )
-        (pytest.fail if "slurm" in os.environ.get("UNCLIP_REQUIRE", "") else pytest.skip)(reason)
+        lacks("slurm", f"{', '.join(missing)} not found; `make setup-slurm` installs a SLURM (Debian, root or sudo)")
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))  # sockets' paths must be short
     cluster = Cluster(folder)
     try:

@@ -3,7 +3,6 @@
 import http.client
 import io
 import json
-import os
 import re
 import shutil
 import signal
@@ -20,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from smooth_chain import png, write_smooth_chain
-from tests_support import command, environment
+from tests_support import command, environment, lacks
 
 from unclip.pipeline import UnCLIP
 from unclip.recipe import from_png
@@ -28,10 +27,6 @@ from unclip.recipe import from_png
 pytestmark = pytest.mark.timeout(400)
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots" / "ui"
 PATIENCE = 60_000  # ms; a loaded machine is slow
-
-
-def missing(what: str, reason: str) -> None:
-    (pytest.fail if what in os.environ.get("UNCLIP_REQUIRE", "") else pytest.skip)(reason)
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +89,10 @@ def browser() -> Iterator[Any]:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        missing("chromium", "playwright is not installed: pip install playwright")
+        lacks("chromium", "playwright is not installed: pip install playwright")
     path = shutil.which("chromium")
     if path is None:
-        missing("chromium", "chromium is not installed: apt-get install chromium")
+        lacks("chromium", "chromium is not installed: apt-get install chromium")
     with sync_playwright() as playwright:
         found = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield found

@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from torch._utils import _rebuild_parameter, _rebuild_tensor_v2
 
 from unclip.errors import ArtifactError
+from unclip.tensor_file import BROKEN
 
-BROKEN = (
-    SafetensorError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError,
-    AssertionError,
-)  # fmt: skip
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of diffusers and transformers
 ENDINGS = (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin")  # the first that is there is taken
 TENSORS = {  # what a file of tensors is made of; all else that a pickle names becomes an Unknown

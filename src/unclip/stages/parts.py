@@ -5,6 +5,7 @@ gathered one by one. No rank ever holds more than its share and one whole tensor
 of any strategy reads either.
 """
 
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,8 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from unclip.errors import TrainingError
-from unclip.tensor_file import write_tensors
+from unclip.errors import TrainingError, is_out_of_memory
+from unclip.tensor_file import BROKEN, write_tensors
 
 
 def split(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -106,11 +107,12 @@ class Parts:
 
 @contextmanager
 def opened(path: Path, rest: dict[str, Any]) -> Iterator[Parts]:
-    """The files beside ``last.ckpt``; TrainingError where one is missing."""
-    folder, count = path.parent / rest["parts"]["folder"], rest["parts"]["count"]
+    """The files beside ``last.ckpt``; TrainingError where one is missing or damaged."""
+    with _told(path, path):
+        folder, count = path.parent / rest["parts"]["folder"], int(rest["parts"]["count"])
     with ExitStack() as stack:
         try:
-            files = [stack.enter_context(safe_open(_file(folder, n, count), "pt")) for n in range(count)]
+            files = [stack.enter_context(_opened(_file(folder, n, count), path)) for n in range(count)]
         except OSError as error:
             raise TrainingError(
                 f"{path} needs the {count} files in {folder}, of which one is missing ({error}); copy the whole folder "
@@ -119,9 +121,42 @@ def opened(path: Path, rest: dict[str, Any]) -> Iterator[Parts]:
         yield Parts(files)
 
 
+def _opened(file: Path, path: Path) -> Any:
+    with _told(file, path):
+        return safe_open(file, "pt")
+
+
+@contextmanager
+def _told(file: Path, path: Path) -> Iterator[None]:
+    """Around reading ``file`` of the checkpoint ``path``: what is raised for a damaged or foreign one, in words."""
+    try:
+        yield
+    except OSError:
+        raise
+    except (pickle.UnpicklingError, *BROKEN) as error:
+        if is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"{file} is damaged or holds more than tensors; no code was run. Copy {path.parent} again from where it is "
+            f"whole, or remove {path} to start anew"
+        ) from error
+
+
+def read_last(path: Path) -> dict[str, Any]:
+    """What stands in ``last.ckpt`` itself, with its tensors mapped into memory; pickled code is not run.
+
+    Raises :class:`TrainingError` for a file that is damaged, holds code, or is no checkpoint of a run.
+    """
+    with _told(path, path):
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if not {"global_step", "optimizer_states"} <= found.keys() or not {"state_dict", "parts"} & found.keys():
+            raise KeyError("a run's checkpoint has other entries")
+        return found
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint of any kind with whole tensors."""
-    checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    """A checkpoint of any kind with whole tensors; TrainingError as for :func:`read_last` and :func:`opened`."""
+    checkpoint = read_last(path)
     if "parts" not in checkpoint:
         return checkpoint
     with opened(path, checkpoint) as parts:
@@ -132,7 +167,7 @@ def drop_older(path: Path) -> None:
     """Remove the folders that ``last.ckpt`` does not name."""
     folders = list(path.parent.glob("parts-*"))
     if folders:
-        used = torch.load(path, mmap=True, weights_only=True).get("parts", {}).get("folder")
+        used = read_last(path).get("parts", {}).get("folder")
         for folder in folders:
             if folder.name != used:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -25,7 +25,7 @@ from unclip.config import Precision
 from unclip.errors import ConfigError
 from unclip.nets.transformer import TransformerBlock
 from unclip.nets.unet import ContextAttention, ResnetBlock
-from unclip.stages.parts import Parts, joined, opened, split, unused_folder, write_part
+from unclip.stages.parts import Parts, joined, opened, read_last, split, unused_folder, write_part
 
 # What a stage calls of its model, and of a block beside forward: there the weights must be whole.
 MODEL_METHODS = ("losses", "features", "encode_image", "encode_text", "sample", "measures")
@@ -158,7 +158,7 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Each rank reads its share into model and optimisers; returns the rest."""
         path = Path(self.broadcast(checkpoint_path))
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+        checkpoint = read_last(path)
         if "parts" not in checkpoint:  # one file of another strategy, mapped into memory
             self._take(checkpoint, _share)
             return checkpoint

@@ -1,0 +1,66 @@
+"""scripts/demo.sh and scripts/emoji.sh: what they refuse, and (slow) the demo to its end; `make` sets up once."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_probe_scripts import script
+from tests_support import environment
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["demo.sh", "emoji.sh"])
+def test_minutes_that_are_no_number_are_refused_before_anything_is_made(name: str, tmp_path: Path):
+    assert "error: x is not a number of minutes" in script(name, "x", str(tmp_path / "runs"), code=2)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_the_demo_ends_with_a_verdict_and_a_report(tmp_path: Path):
+    runs = tmp_path / "demo"
+    said = script("demo.sh", "0.3", str(runs))
+    assert said.rstrip().endswith(f"Open {runs}/report.html")
+    for stage in ("clip", "prior", "decoder", "upsampler"):
+        assert json.loads((runs / stage / "artifact" / "manifest.json").read_text())["step"] > 0
+    assert len(list((runs / "pictures").glob("0*.png"))) == 16
+    summary = json.loads((runs / "summary.json").read_text())
+    assert summary["minutes"] == 0.3
+    assert min(summary["seconds"], summary["cpu_seconds"]) > 0.3 * 60
+    assert set(summary["oracle"]) == {"on", "off", "true_embedding", "text_embedding", "caption_only"}
+    for row in summary["oracle"].values():
+        assert {"objects", "pairs", "relations"} <= set(row)
+    commands = [json.loads(line)["command"] for line in (runs / "timings.jsonl").read_text().splitlines()]
+    names = ["unclip data", "train-clip", "unclip-embed", "train-prior", "train-upsampler", "train-decoder"]
+    names += ["unclip generate", "unclip verdict"]
+    assert len(commands) == len(names)
+    assert all(any(command.startswith(name) for command in commands) for name in names)
+    page = (runs / "report.html").read_text()
+    assert page.count("data:image/png;base64,") > 1
+    assert "The oracle's verdict" in page
+
+
+def planned(root: Path, *arguments: str) -> str:
+    """What `make` would do in ``root``."""
+    free = {name: value for name, value in environment().items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    done = subprocess.run(["make", "-n", *arguments], cwd=root, env=free, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_make_sets_up_only_once_and_anew_when_the_requirements_change(tmp_path: Path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+        os.utime(tmp_path / name, (1000, 1000))
+    assert "-m pip install" in planned(tmp_path, "setup")
+    ready = tmp_path / ".venv" / "ready"
+    ready.parent.mkdir()
+    ready.touch()
+    assert "pip" not in planned(tmp_path, "setup")
+    assert planned(tmp_path, "demo", "MINUTES=3").splitlines() == ["scripts/demo.sh 3"]
+    assert planned(tmp_path, "emoji").splitlines() == ["scripts/emoji.sh 72"]
+    os.utime(ready, (500, 500))
+    assert "-m pip install" in planned(tmp_path, "setup")
