@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from unclip.data.shards import IMAGE_TYPES, ShardWriter, scan_shard, write_atomic, write_index
 from unclip.data.transforms import load_image
+from unclip.data.write_lock import WriteLock
 from unclip.errors import ConfigError, DataError
 
 TABLES = (".csv", ".jsonl", ".parquet")
@@ -70,7 +71,8 @@ def write_folder(
 
     Pictures are written as they are, without a second compression. Refused are those that cannot be decoded to the end,
     are too small or too large, repeat another one byte for byte, or have no caption; `out`/report.json names each.
-    Raises ConfigError for settings out of range, DataError where nothing is left or `out` holds shards already.
+    Raises ConfigError for settings out of range, DataError where nothing is left or `out` holds shards already,
+    UnclipError where another process writes there. The same command again replaces what a killed one left.
     """
     if not 0 <= val < 1:
         raise ConfigError(f"--val is {val}; it is a share of the pictures, at least 0 and below 1")
@@ -79,11 +81,8 @@ def write_folder(
     entries = _entries(Path(src))
     if not entries:
         raise DataError(f"{src} holds no picture (.{', .'.join(IMAGE_TYPES)}); nothing was written")
-    for split in ("train", "val"):
-        if any((out / split).glob("*.tar")) or (out / split / "index.json").exists():
-            raise DataError(f"{out / split} already holds a split; remove it or write to another folder")
     report, first_of = FolderReport(), dict[str, str]()
-    with ExitStack() as stack:
+    with WriteLock(out, ["train", "val"]), ExitStack() as stack:
         bar = stack.enter_context(
             Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         )
