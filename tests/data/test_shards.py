@@ -1,13 +1,13 @@
 import io
 import json
 import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset
+from picture_sets import write_tar
 from PIL import Image
 
 from unclip.data.shards import Shards, ShardWriter, build_index
@@ -106,14 +106,6 @@ def test_missing_changed_and_damaged_files_say_which(tmp_path: Path) -> None:
         Shards(empty)
 
 
-def foreign_tar(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
 def test_shards_of_others_get_an_index_without_their_bad_samples(tmp_path: Path) -> None:
     webp, jpg = encoded((9, 9, 9), kind="WEBP"), encoded((200, 0, 0), kind="JPEG")
     files = {
@@ -126,7 +118,7 @@ def test_shards_of_others_get_an_index_without_their_bad_samples(tmp_path: Path)
         "e.txt": b"bad",
         "f.png": encoded((1, 2, 3)),
     }
-    foreign_tar(tmp_path / "x.tar", files)
+    write_tar(tmp_path / "x.tar", files)
     report = build_index(tmp_path, check=load_image)
     assert (report.num_shards, report.num_samples) == (1, 2)
     assert {key: reason.split(" (")[0] for key, reason in report.bad.items()} == {
@@ -180,12 +172,8 @@ def test_squares_are_central_and_antialiased() -> None:
 
 
 def test_members_whose_path_leaves_the_archive_are_left_out(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for stem in ("good", "../evil", "/etc/evil", "a/../../evil"):
-            for name, content in ((f"{stem}.png", b"picture"), (f"{stem}.txt", b"caption")):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    stems = ("good", "../evil", "/etc/evil", "a/../../evil")
+    write_tar(tmp_path / "a.tar", {f"{stem}.{kind}": b"content" for stem in stems for kind in ("png", "txt")})
     report = build_index(tmp_path)
     assert Shards(tmp_path).keys == ["good"]
     assert len(report.bad) == 3

@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from picture_sets import noise
 
 from unclip.data import emoji, folder, shapes
 from unclip.data.shards import Shards, ShardWriter
@@ -50,8 +49,7 @@ def pictures(tmp_path: Path) -> Path:
     src = tmp_path / "src"
     src.mkdir()
     for i in range(4):
-        noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(noise).save(src / f"{i}.png")
+        (src / f"{i}.png").write_bytes(noise(i))
         (src / f"{i}.txt").write_text(f"picture {i}")
     return src
 
