@@ -135,6 +135,24 @@ def test_shards_of_others_get_an_index_without_their_bad_samples(tmp_path: Path)
         build_index(tmp_path)
 
 
+def test_texts_that_cannot_be_read_are_named_with_key_and_shard(tmp_path: Path) -> None:
+    png, latin = encoded((1, 2, 3)), "Käse".encode("latin-1")
+    write_tar(tmp_path / "train/0.tar", {"a.png": png, "a.txt": b"one", "b.png": png, "b.txt": latin})
+    write_tar(tmp_path / "train/1.tar", {"c.png": png, "c.json": latin, "d.png": png, "d.json": b"{"})
+    build_index(tmp_path / "train")
+    shards = Shards(tmp_path / "train")
+    assert shards.caption(0) == "one"
+    for sample, message in (
+        (1, r"0\.tar: b: the caption is not UTF-8 \(byte 1\); mend it, or .*unclip data check .*, which leaves out"),
+        (2, r"1\.tar: c: the metadata is no JSON \(.*position 1.*\); mend it"),
+        (3, r"1\.tar: d: the metadata is no JSON \(.*\); mend it"),
+    ):
+        with pytest.raises(DataError, match=message):
+            shards.caption(sample)
+        with pytest.raises(DataError, match=message):
+            shards.read(sample)
+
+
 def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)

@@ -202,14 +202,29 @@ class Shards:
         return self._piece(i, self._image[i])
 
     def caption(self, i: int) -> str:
-        """KEY.txt, or the field "caption" of KEY.json where there is no text file."""
-        if self._txt[i, 0] >= 0:
+        """KEY.txt, or the field "caption" of KEY.json where there is no text file. DataError for bytes that are no UTF-8."""
+        if self._txt[i, 0] < 0:
+            return str(self.meta(i).get("caption", ""))
+        try:
             return self._piece(i, self._txt[i]).decode("utf-8").strip()
-        return str(self.meta(i).get("caption", ""))
+        except UnicodeDecodeError as error:
+            raise self._damaged(i, f"the caption is not UTF-8 (byte {error.start})") from error
 
     def meta(self, i: int) -> dict[str, Any]:
-        """KEY.json of sample i, {} where there is none."""
-        return json.loads(self._piece(i, self._json[i])) if self._json[i, 0] >= 0 else {}
+        """KEY.json of sample i, {} where there is none. DataError for one that is no JSON."""
+        if self._json[i, 0] < 0:
+            return {}
+        try:
+            return json.loads(self._piece(i, self._json[i]))
+        except ValueError as error:
+            raise self._damaged(i, f"the metadata is no JSON ({error})") from error
+
+    def _damaged(self, i: int, what: str) -> DataError:
+        shard = self.files.shards[self.shard_of(i)]
+        return DataError(
+            f"{shard.location}: {self.keys[i]}: {what}; mend it, or delete index.json, and {shard.advice}, which leaves out "
+            "what is damaged"
+        )
 
     def shard_of(self, i: int) -> int:
         """The number of the shard that holds sample i."""
