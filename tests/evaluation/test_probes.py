@@ -54,6 +54,7 @@ def test_it_reads_fresh_renders(side: int, shrink: bool, count: int, least: floa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("side", "least"), [(64, 0.99), (32, 0.97)])
 def test_it_reads_two_thousand_fresh_renders(side: int, least: float):
     scenes = [draw_scene(np.random.default_rng([97, side, i]), (1, 2), 0.0, False) for i in range(2000)]
@@ -103,6 +104,7 @@ def test_it_reads_nothing_where_nothing_is(draw: Callable[[int], np.ndarray]):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_it_reads_nothing_in_a_thousand_pictures_of_noise_and_blur():
     scenes = [draw_scene(np.random.default_rng([98, i]), (1, 2), 0.0, False) for i in range(500)]
     pictures = [noise_picture(i) for i in range(500)] + [blurred(render(scene, 64), 6.0) for scene in scenes]
