@@ -79,36 +79,37 @@ def write_folder(
     if not entries:
         raise DataError(f"{src} holds no picture (.{', .'.join(IMAGE_TYPES)}); nothing was written")
     report, first_of = FolderReport(), dict[str, str]()
-    with WriteLock(out, ["train", "val"]), ExitStack() as stack:
-        bar = stack.enter_context(
-            Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        )
-        bar.disable = not bar.console.is_terminal
-        task = bar.add_task("reading pictures", total=len(entries))
-        writers: dict[str, ShardWriter] = {}
-        pool = stack.enter_context(ThreadPoolExecutor(workers or os.cpu_count() or 1))
-        for number, (entry, found) in enumerate(_ahead(pool, entries, check)):
-            bar.advance(task)
-            if isinstance(found, str):
-                report.refused[entry.name] = found
-                continue
-            content, caption = found
-            digest = hashlib.sha256(content).hexdigest()
-            if digest in first_of:
-                report.refused[entry.name] = f"duplicate: the same bytes as {first_of[digest]}"
-                continue
-            first_of[digest] = entry.name
-            split = "val" if _place(digest, seed) < val else "train"
-            if split not in writers:
-                writers[split] = stack.enter_context(ShardWriter(out / split))
-            kind = entry.path.suffix.lower().lstrip(".")
-            writers[split].write(f"{number:08d}", content, caption, {"path": entry.name}, kind)
-            report.written[split] = report.written.get(split, 0) + 1
-        if not report.written:
-            raise DataError(f"{src} holds no usable picture, nothing was written: " + "; ".join(report.lines()))
-        if "train" not in report.written:
-            raise DataError(f"{src} holds {report.written['val']} usable pictures, all of them in val; lower --val")
-    write_atomic(out / "report.json", json.dumps(vars(report), indent=2, ensure_ascii=False).encode())
+    with WriteLock(out, ["train", "val"]):
+        with ExitStack() as stack:
+            bar = stack.enter_context(
+                Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            )
+            bar.disable = not bar.console.is_terminal
+            task = bar.add_task("reading pictures", total=len(entries))
+            writers: dict[str, ShardWriter] = {}
+            pool = stack.enter_context(ThreadPoolExecutor(workers or os.cpu_count() or 1))
+            for number, (entry, found) in enumerate(_ahead(pool, entries, check)):
+                bar.advance(task)
+                if isinstance(found, str):
+                    report.refused[entry.name] = found
+                    continue
+                content, caption = found
+                digest = hashlib.sha256(content).hexdigest()
+                if digest in first_of:
+                    report.refused[entry.name] = f"duplicate: the same bytes as {first_of[digest]}"
+                    continue
+                first_of[digest] = entry.name
+                split = "val" if _place(digest, seed) < val else "train"
+                if split not in writers:
+                    writers[split] = stack.enter_context(ShardWriter(out / split))
+                kind = entry.path.suffix.lower().lstrip(".")
+                writers[split].write(f"{number:08d}", content, caption, {"path": entry.name}, kind)
+                report.written[split] = report.written.get(split, 0) + 1
+            if not report.written:
+                raise DataError(f"{src} holds no usable picture, nothing was written: " + "; ".join(report.lines()))
+            if "train" not in report.written:
+                raise DataError(f"{src} holds {report.written['val']} usable pictures, all of them in val; lower --val")
+        write_atomic(out / "report.json", json.dumps(vars(report), indent=2, ensure_ascii=False).encode())
     return report
 
 
