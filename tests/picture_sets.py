@@ -1,7 +1,8 @@
-"""Fields of colour as data: splits of shards, and a stand-in for MS-COCO in the format of its caption annotations."""
+"""Pictures as data: splits of shards, tars of others, and a stand-in for MS-COCO in the format of its caption annotations."""
 
 import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,24 @@ def field(seed: list[int], size: tuple[int, int]) -> Image.Image:
     """A smooth picture that no other seed gives."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+
+
+def noise(seed: int, size: tuple[int, int] = (48, 40), kind: str = "PNG", mode: str = "RGB") -> bytes:
+    """A file of ``kind`` with a picture that no other seed gives, (width, height) pixels large."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    """A shard as another program makes it, without an index."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def write_split(folder: Path, count: int, seed: int, side: int = 16) -> None:

@@ -10,12 +10,12 @@ import unclip
 ROOT = Path(unclip.__file__).parent
 # A module may import from its own layer and from those below it.
 LAYERS = [
-    {"diffusion", "nets", "errors", "job_notes", "tensor_file", "muon"},
+    {"diffusion", "nets", "errors", "job_notes", "run_lock", "tensor_file", "muon"},
     {"models", "config", "artifact", "ema"},
     {"data", "evaluation"},
     {"stages", "interop", "report"},
     {"wandb_files", "loggers", "checkpoint", "watch"},
-    {"callbacks", "optim", "run_lock", "batches", "jobs", "loading", "recipe", "plan", "tuning"},
+    {"callbacks", "optim", "batches", "jobs", "loading", "recipe", "plan", "tuning"},
     {"chain"},
     {"manipulate"},
     {"pipeline"},

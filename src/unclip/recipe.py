@@ -72,7 +72,7 @@ def from_png(file: Path | bytes) -> Picture:
     """
     name = str(file) if isinstance(file, Path) else "the picture"
     try:
-        with Image.open(file if isinstance(file, Path) else io.BytesIO(file)) as image:
+        with Image.open(file if isinstance(file, Path) else io.BytesIO(file), formats=("PNG",)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"more than {MAX_PIXELS / 1e6:.0f} megapixels")
             image.load()  # text may stand behind the pixels

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from picture_sets import noise
 from shard_server import serving
 
 from unclip.data import embed as embed_module
 from unclip.data.embed import EmbedConfig, embed_with
 from unclip.data.embeddings import Embeddings
 from unclip.data.embeddings_writer import EmbeddingsWriter
-from unclip.data.shards import Shards
+from unclip.data.shards import Shards, ShardWriter
 from unclip.errors import ConfigError, DataError
 from unclip.models.clip import CLIP, CLIPConfig
 from unclip.models.interface import Interface
@@ -272,6 +273,22 @@ def test_weights_rounded_once_give_the_same_bits(clip: CLIP) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(("captions", "count"), [(1, 2), (2, 3)])
+def test_captions_that_are_cut_are_counted_in_one_warning_with_the_first_key(
+    tmp_path: Path, clip: CLIP, interface: Interface, caplog: pytest.LogCaptureFixture, captions: int, count: int
+) -> None:
+    fits = "word " * 10  # with start and end all that this CLIP reads
+    texts = [[fits, "short"], ["word " * 1000, fits], ["word " * 11, "word " * 11], ["short", fits]]
+    for split in ("train", "val"):
+        with ShardWriter(tmp_path / "data" / split, shard_size=2) as writer:
+            for i, listed in enumerate(texts if split == "train" else [[fits]]):
+                writer.write(f"{split}{i}", noise(i, (16, 16)), listed[0], {"captions": listed})
+    with caplog.at_level(logging.WARNING):
+        embed_with(clip, interface, config(tmp_path / "run", tmp_path / "data", captions=captions, batch_size=2))
+    (warning,) = [record.getMessage() for record in caplog.records if "captions" in record.getMessage()]
+    assert f"longer than the 12 tokens that CLIP reads: {count}, the first of them that of train1" in warning
+
+
 def test_the_caption_of_no_words_stands_beside_the_embeddings(
     tmp_path: Path, data: Path, clip: CLIP, interface: Interface
 ) -> None:

@@ -1,27 +1,19 @@
-"""A user's own pictures: what goes in, what is refused and why, and what `check` says of any webdataset."""
+"""A user's own pictures: what goes in, what is refused and why."""
 
 import csv
 import io
 import json
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
+from picture_sets import noise
 from PIL import Image
 
 from unclip.data import transforms
-from unclip.data.folder import check_data, write_folder
+from unclip.data.folder import write_folder
 from unclip.data.shards import Shards
 from unclip.data.transforms import load_image
 from unclip.errors import ConfigError, DataError
-
-
-def encoded(seed: int, size: tuple[int, int] = (48, 40), kind: str = "PNG", mode: str = "RGB") -> bytes:
-    noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).convert(mode).save(buffer, kind)
-    return buffer.getvalue()
 
 
 def put(folder: Path, name: str, content: bytes, caption: str | bytes | None) -> None:
@@ -36,7 +28,7 @@ def put(folder: Path, name: str, content: bytes, caption: str | bytes | None) ->
 def pictures(tmp_path: Path) -> Path:
     src = tmp_path / "src"
     for i in range(12):
-        put(src, f"{i:02d}.png", encoded(i), f"picture {i}")
+        put(src, f"{i:02d}.png", noise(i), f"picture {i}")
     return src
 
 
@@ -49,8 +41,8 @@ def everything(out: Path) -> dict[str, str]:
 
 
 def test_pictures_and_captions_come_through_unchanged(pictures: Path, tmp_path: Path) -> None:
-    put(pictures, "sub/a.jpg", encoded(50, kind="JPEG"), "  a cat\n on a mat ")
-    put(pictures, "b.webp", encoded(51, kind="WEBP"), "ein Käse".encode("utf-8-sig"))
+    put(pictures, "sub/a.jpg", noise(50, kind="JPEG"), "  a cat\n on a mat ")
+    put(pictures, "b.webp", noise(51, kind="WEBP"), "ein Käse".encode("utf-8-sig"))
     report = write_folder(pictures, tmp_path / "out", val=0.3)
     assert not report.refused
     assert sum(report.written.values()) == 14
@@ -67,15 +59,15 @@ def test_pictures_and_captions_come_through_unchanged(pictures: Path, tmp_path: 
 
 def test_every_refusal_is_reported_with_its_reason(pictures: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(transforms, "MAX_PIXELS", 10_000)
-    whole = encoded(60)
+    whole = noise(60)
     put(pictures, "truncated.png", whole[: len(whole) // 2], "cut")
     put(pictures, "text.jpg", b"this is no picture", "no picture")
-    put(pictures, "small.png", encoded(61, (48, 31)), "small")
-    put(pictures, "empty.png", encoded(62), " \n")
-    put(pictures, "alone.png", encoded(63), None)
-    put(pictures, "latin.png", encoded(64), "Käse".encode("latin-1"))
-    put(pictures, "twice.png", encoded(3), "again")
-    put(pictures, "bomb.png", encoded(65, (200, 200)), "huge")
+    put(pictures, "small.png", noise(61, (48, 31)), "small")
+    put(pictures, "empty.png", noise(62), " \n")
+    put(pictures, "alone.png", noise(63), None)
+    put(pictures, "latin.png", noise(64), "Käse".encode("latin-1"))
+    put(pictures, "twice.png", noise(3), "again")
+    put(pictures, "bomb.png", noise(65, (200, 200)), "huge")
     report = write_folder(pictures, tmp_path / "out")
     assert {name: reason.split(":")[0] for name, reason in report.refused.items()} == {
         "truncated.png": "not decodable",
@@ -163,56 +155,3 @@ def test_settings_out_of_range_and_a_folder_in_use(pictures: Path, tmp_path: Pat
     with pytest.raises(DataError, match="already holds"):
         write_folder(pictures, tmp_path / "out", val=0)
     assert len(Shards(tmp_path / "out" / "train")) == 12
-
-
-def test_check_verifies_an_index_and_writes_a_missing_one(pictures: Path, tmp_path: Path) -> None:
-    write_folder(pictures, tmp_path / "out", val=0.3)
-    report = check_data(tmp_path / "out")
-    assert report.good
-    assert set(report.index.values()) == {"verified"}
-    assert sum(report.samples.values()) == 12
-    index = tmp_path / "out" / "train" / "index.json"
-    content = index.read_bytes()
-    index.unlink()
-    assert check_data(tmp_path / "out" / "train").index == {"train": "written"}
-    assert index.read_bytes() == content
-
-
-def test_check_reports_foreign_shards_with_bad_samples(tmp_path: Path) -> None:
-    split = tmp_path / "train"
-    split.mkdir()
-    members = {
-        "good.png": encoded(1),
-        "good.txt": b"a caption",
-        "bad.png": b"no picture",
-        "bad.txt": b"x",
-        "quiet.png": encoded(2),
-    }
-    with tarfile.open(split / "a.tar", "w") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    report = check_data(tmp_path)
-    assert report.samples == {"train": 1}
-    assert report.index == {"train": "written"}
-    assert {name.rsplit(" ", 1)[-1] for name in report.bad} == {"bad", "quiet"}
-    assert not report.good
-    assert Shards(split).keys == ["good"]
-
-
-def test_check_notices_an_altered_shard(pictures: Path, tmp_path: Path) -> None:
-    write_folder(pictures, tmp_path / "out", val=0)
-    shard = next((tmp_path / "out" / "train").glob("*.tar"))
-    content = bytearray(shard.read_bytes())
-    place = content.index(b"picture 5")
-    content[place : place + 9] = b"picture 6"
-    shard.write_bytes(content)
-    report = check_data(tmp_path / "out")
-    assert not report.good
-    assert shard.name in report.index["train"]
-    shard.write_bytes(content[: len(content) // 2])
-    with pytest.raises(DataError, match="not a complete tar"):
-        check_data(tmp_path / "out")
-    with pytest.raises(DataError, match=r"no \*\.tar"):
-        check_data(tmp_path / "src")

@@ -1,13 +1,13 @@
 import io
 import json
 import pickle
-import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset
+from picture_sets import write_tar
 from PIL import Image
 
 from unclip.data.shards import Shards, ShardWriter, build_index
@@ -106,14 +106,6 @@ def test_missing_changed_and_damaged_files_say_which(tmp_path: Path) -> None:
         Shards(empty)
 
 
-def foreign_tar(path: Path, files: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
 def test_shards_of_others_get_an_index_without_their_bad_samples(tmp_path: Path) -> None:
     webp, jpg = encoded((9, 9, 9), kind="WEBP"), encoded((200, 0, 0), kind="JPEG")
     files = {
@@ -126,7 +118,7 @@ def test_shards_of_others_get_an_index_without_their_bad_samples(tmp_path: Path)
         "e.txt": b"bad",
         "f.png": encoded((1, 2, 3)),
     }
-    foreign_tar(tmp_path / "x.tar", files)
+    write_tar(tmp_path / "x.tar", files)
     report = build_index(tmp_path, check=load_image)
     assert (report.num_shards, report.num_samples) == (1, 2)
     assert {key: reason.split(" (")[0] for key, reason in report.bad.items()} == {
@@ -141,6 +133,24 @@ def test_shards_of_others_get_an_index_without_their_bad_samples(tmp_path: Path)
     (tmp_path / "y.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:700])
     with pytest.raises(DataError, match=r"y\.tar is not a complete tar"):
         build_index(tmp_path)
+
+
+def test_texts_that_cannot_be_read_are_named_with_key_and_shard(tmp_path: Path) -> None:
+    png, latin = encoded((1, 2, 3)), "Käse".encode("latin-1")
+    write_tar(tmp_path / "train/0.tar", {"a.png": png, "a.txt": b"one", "b.png": png, "b.txt": latin})
+    write_tar(tmp_path / "train/1.tar", {"c.png": png, "c.json": latin, "d.png": png, "d.json": b"{"})
+    build_index(tmp_path / "train")
+    shards = Shards(tmp_path / "train")
+    assert shards.caption(0) == "one"
+    for sample, message in (
+        (1, r"0\.tar: b: the caption is not UTF-8 \(byte 1\); mend it, or .*unclip data check .*, which leaves out"),
+        (2, r"1\.tar: c: the metadata is no JSON \(.*position 1.*\); mend it"),
+        (3, r"1\.tar: d: the metadata is no JSON \(.*\); mend it"),
+    ):
+        with pytest.raises(DataError, match=message):
+            shards.caption(sample)
+        with pytest.raises(DataError, match=message):
+            shards.read(sample)
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -180,12 +190,8 @@ def test_squares_are_central_and_antialiased() -> None:
 
 
 def test_members_whose_path_leaves_the_archive_are_left_out(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for stem in ("good", "../evil", "/etc/evil", "a/../../evil"):
-            for name, content in ((f"{stem}.png", b"picture"), (f"{stem}.txt", b"caption")):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    stems = ("good", "../evil", "/etc/evil", "a/../../evil")
+    write_tar(tmp_path / "a.tar", {f"{stem}.{kind}": b"content" for stem in stems for kind in ("png", "txt")})
     report = build_index(tmp_path)
     assert Shards(tmp_path).keys == ["good"]
     assert len(report.bad) == 3

@@ -1,14 +1,17 @@
 """Odd pictures become plain RGB, and hopeless ones a clear error."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from unclip.data import transforms
-from unclip.data.transforms import load_image
+from unclip.data.transforms import load_image, read_image
 from unclip.errors import DataError
+from unclip.evaluation.sources import FolderSource, sides
+from unclip.recipe import from_png
 
 RED, GREY = (200, 40, 20), 90
 
@@ -74,6 +77,26 @@ def test_damaged_camera_data_is_one_error() -> None:
 def test_what_cannot_be_decoded_is_one_error(content: bytes) -> None:
     with pytest.raises(DataError, match="cannot be decoded"):
         load_image(content)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "EPS", "TIFF", "BMP"])
+def test_other_formats_are_refused_whatever_the_file_is_called(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = encoded(Image.new("RGB", (16, 12), RED), kind)
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", pytest.fail)  # a program that PIL starts for an EPS file
+    with pytest.raises(DataError, match=r"cannot be decoded \(it is no png, jpg or webp\)"):
+        load_image(content)
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.png: .*; give a picture as png, jpg or webp"):
+        read_image(path)
+    with pytest.raises(DataError, match=r"a\.png cannot be read \(.*\); give a PNG that unclip wrote"):
+        from_png(path)
+    with pytest.raises(DataError, match=r"a\.png cannot be decoded"):
+        FolderSource(str(tmp_path)).captions(0)
+    with pytest.raises(DataError, match="cannot be decoded"):
+        sides(content)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])

@@ -1,13 +1,13 @@
 import hashlib
 import io
 import json
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from picture_sets import write_tar
 from PIL import Image
 
 from unclip.data.datamodule import DataConfig, Split
@@ -59,12 +59,8 @@ def test_other_captions_of_a_picture_make_another_text_fingerprint(tmp_path: Pat
 
 
 def test_captions_that_are_no_list_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    with tarfile.open(tmp_path / "train" / "0.tar", "w") as tar:
-        for name, content in {"a.png": png(0), "a.json": json.dumps({"captions": "one"}).encode()}.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    files = {"a.png": png(0), "a.json": json.dumps({"captions": "one"}).encode()}
+    write_tar(tmp_path / "train" / "0.tar", files)
     build_index(tmp_path / "train")
     with pytest.raises(DataError, match=r'"captions" of a in .*train is not a list of texts'):
         captions_of(Shards(tmp_path / "train"), 0, 2)

@@ -53,6 +53,14 @@ def test_it_reads_fresh_renders(side: int, shrink: bool, count: int, least: floa
     assert share_right(scenes, pictures) >= least
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("side", "least"), [(64, 0.99), (32, 0.97)])
+def test_it_reads_two_thousand_fresh_renders(side: int, least: float):
+    scenes = [draw_scene(np.random.default_rng([97, side, i]), (1, 2), 0.0, False) for i in range(2000)]
+    assert share_right(scenes, [render(scene, side) for scene in scenes]) >= least
+
+
 @pytest.mark.parametrize("side", [64, 32])
 def test_it_forgives_softness_noise_and_compression(side: int):
     scenes = drawn(100)
@@ -93,6 +101,15 @@ def cloud_picture(i: int) -> np.ndarray:
 def test_it_reads_nothing_where_nothing_is(draw: Callable[[int], np.ndarray]):
     readings = read_scenes([draw(i) for i in range(50)])
     assert [reading for reading in readings if reading.objects or reading.relation] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_it_reads_nothing_in_a_thousand_pictures_of_noise_and_blur():
+    scenes = [draw_scene(np.random.default_rng([98, i]), (1, 2), 0.0, False) for i in range(500)]
+    pictures = [noise_picture(i) for i in range(500)] + [blurred(render(scene, 64), 6.0) for scene in scenes]
+    nothing = [not reading.objects and not reading.relation for reading in read_scenes(pictures)]
+    assert sum(nothing) >= 0.99 * len(pictures)
 
 
 def test_it_reads_no_pair_in_a_crowd():

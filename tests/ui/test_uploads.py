@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from smooth_chain import png
 
 from unclip.errors import ConfigError
@@ -94,6 +95,20 @@ def test_a_drawing(tmp_path: Path):
     assert mask.sum() == 8
     assert bool(mask[1, 2])
     assert bool(mask[5, 7])
+
+
+@pytest.mark.parametrize("kind", ["GIF", "EPS", "BMP"])
+def test_other_formats_than_it_asks_for_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", pytest.fail)  # a program that PIL starts for an EPS file
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), "white").save(buffer, kind)
+    other = sent(tmp_path, buffer.getvalue(), "other.png")
+    with pytest.raises(ConfigError, match="the picture is damaged or no picture; choose a PNG, JPEG or WebP file"):
+        picture_of(other, tmp_path)
+    background = sent(tmp_path, png((9, 9, 9), (8, 6)))
+    monkeypatch.setattr(uploads, "picture_of", lambda *_: torch.zeros(3, 6, 8, dtype=torch.uint8))
+    with pytest.raises(UnidentifiedImageError):  # even where nothing checked it before
+        mask_of({"background": background, "layers": [other]}, tmp_path)
 
 
 def test_bad_drawings(tmp_path: Path):

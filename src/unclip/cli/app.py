@@ -109,11 +109,12 @@ def folder(
 @data.command()
 def check(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="A data set, or one split of it.")],
+    min_size: Annotated[int, typer.Option(help="Shorter side in pixels that a picture must have.")] = 32,
 ) -> None:
     """Read every sample of any webdataset; write its index, or verify the one that is there."""
-    from unclip.data.folder import check_data
+    from unclip.data.check import check_data
 
-    report = check_data(path)
+    report = check_data(path, min_size=min_size)
     for split, count in report.samples.items():
         typer.echo(f"{split}: {count} good samples, index {report.index[split]}")
     for name, reason in report.bad.items():

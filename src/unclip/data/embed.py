@@ -9,7 +9,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from unclip.data.batch import Batch
 from unclip.data.datamodule import trim
 from unclip.data.embeddings import COLUMNS, EMPTY_CAPTION, lengths
 from unclip.data.embeddings_writer import EmbeddingsWriter
-from unclip.data.parallel import in_order, num_cores
+from unclip.data.parallel import in_order, num_cores, one_behind
 from unclip.data.remote import RemoteConfig, is_url
 from unclip.data.shards import Shards
 from unclip.data.variants import Crops, Variants, captions_of
@@ -181,7 +180,7 @@ def embed_with(clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:
     title = f"embedding {cfg.data}" + (f", part {part} of {parts}" if parts > 1 else "")
     with (
         _progress(total, title) as advance,
-        _background() as soon,
+        one_behind() as soon,
         contextlib.closing(_encoded(clip, todo, cfg, advance)) as found,
     ):
         for job, columns in found:
@@ -263,8 +262,8 @@ def _encoded(
     work = [(crops[id(job.shards)], samples) for job, samples in chunks]
     read = partial(_read, clip.tokenizer, work)
 
-    def encode(batch: Batch) -> Columns:
-        return _encode(clip, batch, cfg)
+    def encode(batch: Batch) -> tuple[Columns, list[str]]:
+        return _encode(clip, batch, cfg), _cut(clip.tokenizer, batch)
 
     if cfg.num_workers:
         batches = Batches(read, 0, len(chunks))
@@ -276,12 +275,20 @@ def _encoded(
     else:
         parts = map(encode, in_order(read, range(len(chunks)), min(8, num_cores())))
     counted = zip(chunks, parts, strict=True)
+    num_cut, first_cut = 0, ""
     for job, group in itertools.groupby(counted, key=lambda item: item[0][0]):
         found = []
-        for (_, samples), columns in group:
+        for (_, samples), (columns, keys) in group:
             found.append(columns)
+            num_cut, first_cut = num_cut + len(keys), first_cut or "".join(keys[:1])
             advance(len(samples))
         yield job, found
+    if num_cut:
+        log.warning(
+            "captions that are longer than the %d tokens that CLIP reads: %d, the first of them that of %s; their last words "
+            "are not seen: let what matters stand first",
+            *(clip.tokenizer.context_length, num_cut, first_cut),
+        )
 
 
 def _device() -> str:
@@ -296,6 +303,13 @@ def _read(tokenizer: Tokenizer, work: list[tuple[Crops, range]], step: int) -> B
     captions = [text for i in samples for text in captions_of(shards, i, crops.variants.captions)]
     keys = [shards.keys[i] for i in samples]
     return Batch(position=list(samples), key=keys, caption=captions, image=image, tokens=tokenizer(captions))
+
+
+def _cut(tokenizer: Tokenizer, batch: Batch) -> list[str]:
+    """The keys of captions that are longer than CLIP reads, one for each caption."""
+    full = batch.column("tokens")[:, -1].nonzero().flatten().tolist()  # as few as there are: counting tokens takes time
+    long = (row for row in full if tokenizer.length(batch.caption[row]) > tokenizer.context_length)
+    return [batch.key[row * len(batch.key) // len(batch.caption)] for row in long]
 
 
 @torch.inference_mode()
@@ -357,23 +371,6 @@ def _joined(parts: list[Columns]) -> Columns:
             before = [(0, 0)] * (states.ndim - 2)
             part["text_seq"] = np.pad(states, [*before, (0, longest - states.shape[-2]), (0, 0)])
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-@contextlib.contextmanager
-def _background() -> Iterator[Callable[[Callable[[], None]], None]]:
-    """A function that runs another one in a thread, after the one before; their exceptions arrive here."""
-    last: Future[None] | None = None
-    with ThreadPoolExecutor(1, "unclip-write") as pool:
-
-        def soon(work: Callable[[], None]) -> None:
-            nonlocal last
-            if last is not None:
-                last.result()
-            last = pool.submit(work)
-
-        yield soon
-        if last is not None:
-            last.result()
 
 
 @contextlib.contextmanager

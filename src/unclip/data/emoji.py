@@ -31,6 +31,7 @@ from unclip.data.emoji_render import BASE_SIZE, Drawing, Rendered, distinct, ren
 from unclip.data.emoji_sources import NAMES, STYLES, Name, Style, concept, read_drawings, read_names
 from unclip.data.emoji_split import SPLITS, share, split_pairs
 from unclip.data.shards import ShardWriter, write_atomic
+from unclip.data.write_lock import WriteLock
 from unclip.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)
@@ -94,21 +95,27 @@ def write_emoji(
     Raises:
         ConfigError: a size is not positive or is given twice.
         DataError: npm or a package is missing or altered, or `out` holds a set made with other arguments.
+        UnclipError: another process writes to `out`.
     """
     if len(set(sizes)) < len(sizes) or min(sizes, default=0) < 1:
         raise ConfigError(f"sizes must be different positive numbers of pixels, got {list(sizes)}")
     recipe = _recipe(seed, tones)
-    counts = {size: _finished(out / str(size), recipe) for size in sizes}
-    missing = [size for size in sizes if counts[size] is None]
-    if missing:
+    counts = _finished_sizes(out, sizes, recipe)
+    if len(counts) < len(sizes):
         emoji = _read_sources(cache or cache_dir(), tones)
-        out.mkdir(parents=True, exist_ok=True)
-        write_licenses(out)
-        with _workers(min(2, os.cpu_count() or 1) if workers is None else workers) as pool:
-            made = _write_sizes(out, emoji, missing, recipe, pool)
-        counts.update(made)
+        with WriteLock(out), _workers(min(2, os.cpu_count() or 1) if workers is None else workers) as pool:
+            write_licenses(out)
+            counts = _finished_sizes(out, sizes, recipe)  # again: another process may have ended meanwhile
+            missing = [size for size in sizes if size not in counts]
+            counts |= _write_sizes(out, emoji, missing, recipe, pool)
     else:
         _log.info("%s is complete already; nothing to do", out)
+    return {size: counts[size] for size in sizes}
+
+
+def _finished_sizes(out: Path, sizes: Sequence[int], recipe: dict[str, Any]) -> dict[int, dict[str, int]]:
+    """Samples per split of those sizes that are there."""
+    counts = {size: _finished(out / str(size), recipe) for size in sizes}
     return {size: count for size, count in counts.items() if count is not None}
 
 

@@ -37,6 +37,8 @@ class Shard:
 class Files(Protocol):
     """Reads pieces of numbered shards; safe to share between threads, and between processes (fork or spawn)."""
 
+    shards: list[Shard]
+
     def read(self, shard: int, offset: int, size: int) -> bytes:
         """The bytes; DataError where the file ends before or is not the one of the index."""
         ...

@@ -1,7 +1,4 @@
-"""`unclip data folder`: a user's own captioned pictures, written as shards, and a report of what was refused and why.
-
-`unclip data check`: every sample of any webdataset read, its index written or verified.
-"""
+"""`unclip data folder`: a user's own captioned pictures, written as shards, and a report of what was refused and why."""
 
 import csv
 import hashlib
@@ -9,17 +6,19 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unclip.data.shards import IMAGE_TYPES, ShardWriter, scan_shard, write_atomic, write_index
+from unclip.data.shards import IMAGE_TYPES, ShardWriter, write_atomic
 from unclip.data.transforms import load_image
+from unclip.data.write_lock import WriteLock
 from unclip.errors import ConfigError, DataError
 
 TABLES = (".csv", ".jsonl", ".parquet")
@@ -52,7 +51,7 @@ class FolderReport:
         return said + [f"refused {count}: {reason}, such as {examples[reason]}" for reason, count in reasons.items()]
 
 
-class RefusedError(Exception):
+class RefusedError(DataError):
     """Why a picture does not enter a data set."""
 
 
@@ -70,57 +69,55 @@ def write_folder(
 
     Pictures are written as they are, without a second compression. Refused are those that cannot be decoded to the end,
     are too small or too large, repeat another one byte for byte, or have no caption; `out`/report.json names each.
-    Raises ConfigError for settings out of range, DataError where nothing is left or `out` holds shards already.
+    Raises ConfigError for settings out of range, DataError where nothing is left or `out` holds shards already,
+    UnclipError where another process writes there. The same command again replaces what a killed one left.
     """
     if not 0 <= val < 1:
         raise ConfigError(f"--val is {val}; it is a share of the pictures, at least 0 and below 1")
-    if min_size < 1:
-        raise ConfigError(f"--min-size is {min_size}; it must be a positive number of pixels")
+    check = picture_check(min_size)
     entries = _entries(Path(src))
     if not entries:
         raise DataError(f"{src} holds no picture (.{', .'.join(IMAGE_TYPES)}); nothing was written")
-    for split in ("train", "val"):
-        if any((out / split).glob("*.tar")) or (out / split / "index.json").exists():
-            raise DataError(f"{out / split} already holds a split; remove it or write to another folder")
     report, first_of = FolderReport(), dict[str, str]()
-    with ExitStack() as stack:
-        bar = stack.enter_context(
-            Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        )
-        bar.disable = not bar.console.is_terminal
-        task = bar.add_task("reading pictures", total=len(entries))
-        writers: dict[str, ShardWriter] = {}
-        pool = stack.enter_context(ThreadPoolExecutor(workers or os.cpu_count() or 1))
-        for number, (entry, found) in enumerate(_ahead(pool, entries, min_size)):
-            bar.advance(task)
-            if isinstance(found, str):
-                report.refused[entry.name] = found
-                continue
-            content, caption = found
-            digest = hashlib.sha256(content).hexdigest()
-            if digest in first_of:
-                report.refused[entry.name] = f"duplicate: the same bytes as {first_of[digest]}"
-                continue
-            first_of[digest] = entry.name
-            split = "val" if _place(digest, seed) < val else "train"
-            if split not in writers:
-                writers[split] = stack.enter_context(ShardWriter(out / split))
-            kind = entry.path.suffix.lower().lstrip(".")
-            writers[split].write(f"{number:08d}", content, caption, {"path": entry.name}, kind)
-            report.written[split] = report.written.get(split, 0) + 1
-        if not report.written:
-            raise DataError(f"{src} holds no usable picture, nothing was written: " + "; ".join(report.lines()))
-        if "train" not in report.written:
-            raise DataError(f"{src} holds {report.written['val']} usable pictures, all of them in val; lower --val")
-    write_atomic(out / "report.json", json.dumps(vars(report), indent=2, ensure_ascii=False).encode())
+    with WriteLock(out, ["train", "val"]):
+        with ExitStack() as stack:
+            bar = stack.enter_context(
+                Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            )
+            bar.disable = not bar.console.is_terminal
+            task = bar.add_task("reading pictures", total=len(entries))
+            writers: dict[str, ShardWriter] = {}
+            pool = stack.enter_context(ThreadPoolExecutor(workers or os.cpu_count() or 1))
+            for number, (entry, found) in enumerate(_ahead(pool, entries, check)):
+                bar.advance(task)
+                if isinstance(found, str):
+                    report.refused[entry.name] = found
+                    continue
+                content, caption = found
+                digest = hashlib.sha256(content).hexdigest()
+                if digest in first_of:
+                    report.refused[entry.name] = f"duplicate: the same bytes as {first_of[digest]}"
+                    continue
+                first_of[digest] = entry.name
+                split = "val" if _place(digest, seed) < val else "train"
+                if split not in writers:
+                    writers[split] = stack.enter_context(ShardWriter(out / split))
+                kind = entry.path.suffix.lower().lstrip(".")
+                writers[split].write(f"{number:08d}", content, caption, {"path": entry.name}, kind)
+                report.written[split] = report.written.get(split, 0) + 1
+            if not report.written:
+                raise DataError(f"{src} holds no usable picture, nothing was written: " + "; ".join(report.lines()))
+            if "train" not in report.written:
+                raise DataError(f"{src} holds {report.written['val']} usable pictures, all of them in val; lower --val")
+        write_atomic(out / "report.json", json.dumps(vars(report), indent=2, ensure_ascii=False).encode())
     return report
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, entries: list[Entry], min_size: int
+    pool: ThreadPoolExecutor, entries: list[Entry], check: Callable[[bytes], None]
 ) -> Iterator[tuple[Entry, tuple[bytes, str] | str]]:
     """Each entry with its picture and caption or the reason against it, read by the pool a little ahead, in order."""
-    jobs = ((entry, pool.submit(_read, entry, min_size)) for entry in entries)
+    jobs = ((entry, pool.submit(_read, entry, check)) for entry in entries)
     waiting = list(itertools.islice(jobs, _AHEAD))
     while waiting:
         entry, result = waiting.pop(0)
@@ -128,9 +125,11 @@ def _ahead(
         waiting += itertools.islice(jobs, 1)
 
 
-def _read(entry: Entry, min_size: int) -> tuple[bytes, str] | str:
+def _read(entry: Entry, check: Callable[[bytes], None]) -> tuple[bytes, str] | str:
     try:
-        content, caption = _picture(entry.path, min_size), _caption(entry)
+        content = _content(entry.path)
+        check(content)
+        caption = _caption(entry)
         caption.encode()
     except RefusedError as error:
         return str(error)
@@ -139,18 +138,30 @@ def _read(entry: Entry, min_size: int) -> tuple[bytes, str] | str:
     return content, caption
 
 
-def _picture(path: Path, min_size: int) -> bytes:
+def _content(path: Path) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise RefusedError(f"unreadable: {error.strerror or error}") from error
+
+
+def picture_check(min_size: int) -> Callable[[bytes], None]:
+    """A function that raises RefusedError for an encoded picture that cannot be decoded to its end or is too small.
+
+    `min_size` is the shorter side in pixels that a picture must have; ConfigError where it is not positive.
+    """
+    if min_size < 1:
+        raise ConfigError(f"--min-size is {min_size}; it must be a positive number of pixels")
+    return partial(_check_picture, min_size)
+
+
+def _check_picture(min_size: int, content: bytes) -> None:
     try:
         height, width = load_image(content).shape[1:]
     except DataError as error:
         raise RefusedError(f"not decodable: {error}") from error
     if min(height, width) < min_size:
         raise RefusedError(f"too small: {width} x {height} pixels")
-    return content
 
 
 def _caption(entry: Entry) -> str:
@@ -229,61 +240,3 @@ def _parquet_rows(table: Path) -> list[dict[str, Any]]:
 def _place(digest: str, seed: int) -> float:
     """A number in [0, 1) that depends on the picture's bytes and the seed."""
     return int(hashlib.sha256(f"{seed} {digest}".encode()).hexdigest()[:13], 16) / 16**13
-
-
-@dataclass
-class CheckReport:
-    """What `check_data` found: samples per split, bad samples with their reason, and what was done about each index."""
-
-    samples: dict[str, int] = field(default_factory=dict)
-    bad: dict[str, str] = field(default_factory=dict)
-    index: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def good(self) -> bool:
-        return not self.bad and all(state in ("verified", "written") for state in self.index.values())
-
-
-def check_data(folder: Path) -> CheckReport:
-    """Read every sample of a data set, or of one split: decode its picture, look for its caption.
-
-    An index that is missing is written (without the bad samples); one that is there is compared with the shards and
-    left as it is. Raises DataError where there are no shards at all, or a shard is cut short.
-    """
-    splits = [folder] if any(folder.glob("*.tar")) else sorted({tar.parent for tar in folder.glob("*/*.tar")})
-    if not splits:
-        raise DataError(f"{folder} holds no *.tar file, nor does any folder in it")
-    report = CheckReport()
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        bar.disable = not bar.console.is_terminal
-        for split in splits:
-            paths = sorted(split.glob("*.tar"))
-            task = bar.add_task(f"checking {split.name}", total=len(paths))
-            entries = []
-            for path in paths:
-                bad: dict[str, str] = {}
-                entries.append(scan_shard(path, load_image, bad))
-                report.bad.update({f"{path}: {key}": reason for key, reason in bad.items()})
-                bar.advance(task)
-            entries = [entry for entry in entries if entry["num_samples"]]
-            report.samples[split.name] = sum(entry["num_samples"] for entry in entries)
-            report.index[split.name] = _verify_or_write(split, entries)
-    return report
-
-
-def _verify_or_write(split: Path, entries: list[dict[str, Any]]) -> str:
-    path = split / "index.json"
-    if not entries:
-        return "not written: no good sample"
-    if not path.exists():
-        write_index(split, entries)
-        return "written"
-    try:
-        known = {entry["name"]: entry for entry in json.loads(path.read_bytes())["shards"]}
-    except (ValueError, KeyError, TypeError) as error:
-        return f"damaged ({error}); delete {path} and check again to write it anew"
-    mine = {entry["name"]: entry for entry in entries}
-    different = sorted(name for name in {*known, *mine} if known.get(name) != mine.get(name))
-    if different:
-        return f"differs from {', '.join(different)}; delete {path} and check again to write it anew"
-    return "verified"

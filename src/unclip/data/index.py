@@ -45,11 +45,18 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def scan_shard(path: Path, check: Callable[[bytes], object] | None = None, bad: dict[str, str] | None = None) -> dict:
+def scan_shard(
+    path: Path,
+    check: Callable[[bytes], object] | None = None,
+    bad: dict[str, str] | None = None,
+    first_of: dict[str, str] | None = None,
+) -> dict:
     """One entry of the index: the keys of a tar and each member's offset and size (offset -1: there is no such member).
 
     Samples without picture or caption, and those whose picture makes ``check`` raise, are left out and put in ``bad``.
-    ``text_sha256`` covers keys and captions, a list of several too: it is the same for two sizes of the same pictures.
+    With ``first_of``, which maps the SHA-256 of pictures to their first sample, so are those that repeat a picture byte
+    for byte. ``text_sha256`` covers keys and captions, a list of several too: it is the same for two sizes of the same
+    pictures. Raises DataError for a tar that is cut short or damaged.
     """
     members: dict[str, dict[str, tuple[int, int]]] = {}
     try:
@@ -60,6 +67,10 @@ def scan_shard(path: Path, check: Callable[[bytes], object] | None = None, bad: 
                 if info.isfile() and kind.lower() in MEMBER_TYPES:
                     key = f"{folder}/{stem}" if folder else stem
                     members.setdefault(key, {})[kind.lower()] = (info.offset_data, info.size)
+            end = tar.offset  # where tarfile found no further member: it takes damage for an archive's end
+        with path.open("rb") as file:
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+                raise EOFError(f"at byte {end} stands neither a member nor the archive's end")
     except (tarfile.TarError, EOFError) as error:
         raise DataError(f"{path} is not a complete tar file ({error}); fetch or make it again") from error
     good = {}
@@ -67,6 +78,8 @@ def scan_shard(path: Path, check: Callable[[bytes], object] | None = None, bad: 
         for key, found in members.items():
             outside = key.startswith("/") or ".." in key.split("/")
             reason = "its path leaves the archive" if outside else _why_bad(file, found, check)
+            if reason is None and first_of is not None:
+                reason = _repeated(file, found, f"{path}: {key}", first_of)
             if reason is None:
                 good[key] = found
             elif bad is not None:
@@ -86,15 +99,24 @@ def scan_shard(path: Path, check: Callable[[bytes], object] | None = None, bad: 
     }
 
 
+def _image(file: BinaryIO, found: dict[str, tuple[int, int]]) -> bytes:
+    offset, size = next(found[kind] for kind in IMAGE_TYPES if kind in found)
+    return os.pread(file.fileno(), size, offset)
+
+
+def _repeated(file: BinaryIO, found: dict[str, tuple[int, int]], name: str, first_of: dict[str, str]) -> str | None:
+    first = first_of.setdefault(hashlib.sha256(_image(file, found)).hexdigest(), name)
+    return None if first == name else f"duplicate: the same bytes as {first}"
+
+
 def _why_bad(file: BinaryIO, found: dict[str, tuple[int, int]], check: Callable[[bytes], object] | None) -> str | None:
-    image = next((found[kind] for kind in IMAGE_TYPES if kind in found), None)
-    if image is None:
+    if not any(kind in found for kind in IMAGE_TYPES):
         return "no picture"
     if "txt" not in found and "json" not in found:
         return "no caption"
     if check is not None:
         try:
-            check(os.pread(file.fileno(), image[1], image[0]))
+            check(_image(file, found))
             if not _strict_caption(file, found).strip():
                 return "empty caption"
         except (OSError, ValueError, SyntaxError, DataError) as error:
@@ -103,15 +125,23 @@ def _why_bad(file: BinaryIO, found: dict[str, tuple[int, int]], check: Callable[
 
 
 def _strict_caption(file: BinaryIO, found: dict[str, tuple[int, int]]) -> str:
-    """The caption; ValueError for bytes that are not UTF-8, and for metadata that is no JSON object."""
+    """The caption; DataError for one that is no text, and for metadata that is no JSON object."""
     offset, size = found["txt"] if "txt" in found else found["json"]
-    content = os.pread(file.fileno(), size, offset).decode("utf-8")
-    if "txt" in found:
-        return content
-    meta = json.loads(content)
+    try:
+        content = os.pread(file.fileno(), size, offset).decode("utf-8")
+        if "txt" in found:
+            return content
+        meta = json.loads(content)
+    except UnicodeDecodeError as error:
+        raise DataError(f"caption not UTF-8: byte {error.start}") from error
+    except ValueError as error:
+        raise DataError(f"no caption: the metadata is no JSON ({error})") from error
     if not isinstance(meta, dict):
-        raise ValueError("the metadata is no JSON object")
-    return str(meta.get("caption", ""))
+        raise DataError("no caption: the metadata is no JSON object")
+    caption = str(meta.get("caption") or "")
+    if any("\ud800" <= character <= "\udfff" for character in caption):  # half of a pair, which JSON can hold
+        raise DataError("caption not Unicode: it holds a lone surrogate")
+    return caption
 
 
 def _caption(file: BinaryIO, found: dict[str, tuple[int, int]]) -> str:

@@ -1,5 +1,6 @@
 """Work in threads with the results in order."""
 
+import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -34,6 +35,23 @@ def in_order(function: Callable[[T], R], items: Iterable[T], num_threads: int) -
             future.cancel()
         pool.shutdown(wait=True)
         torch.set_num_threads(before)  # the number is what threads to come start with
+
+
+@contextlib.contextmanager
+def one_behind() -> Iterator[Callable[[Callable[[], None]], None]]:
+    """A function that runs another one in a thread, after the one before; their exceptions arrive here."""
+    last: Future[None] | None = None
+    with ThreadPoolExecutor(1, "unclip-write") as pool:
+
+        def soon(work: Callable[[], None]) -> None:
+            nonlocal last
+            if last is not None:
+                last.result()
+            last = pool.submit(work)
+
+        yield soon
+        if last is not None:
+            last.result()
 
 
 def num_cores() -> int:

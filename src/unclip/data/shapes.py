@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from unclip.data.shapes_render import render
 from unclip.data.shapes_scene import FAMILY, Scene, Solid, draw_family, draw_scene, is_held_out, verdict_scenes
+from unclip.data.write_lock import WriteLock
 from unclip.errors import ConfigError
 
 __all__ = ["Solid", "draw_family", "draw_scene", "is_held_out", "render", "verdict_scenes", "write_shapes"]
@@ -122,14 +123,15 @@ def write_shapes(
 
     `objects` is the range of solids a scene (within 1 to 8), `signs` the share of scenes with a word on a sign.
     `workers` are processes (default: one per core). The verdict split depends on `size` alone. Raises ConfigError for
-    values out of range, DataError for folders that hold shards already.
+    values out of range, DataError for folders that hold shards already, UnclipError where another process writes them.
+    The same command again replaces what a killed one left.
     """
     _check(num, size, objects, signs)
     few = max(num // 20, 64)
     nums = {"train": num, "val": few, "test": few, "verdict": len(verdict_scenes())}
     workers = workers or os.cpu_count() or 1
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    with WriteLock(out, list(nums)), Progress(*columns) as progress:
         progress.disable = not progress.console.is_terminal
         if workers == 1 or num < 4 * _CHUNK or not _can_spawn():
             for split, count in nums.items():

@@ -29,13 +29,13 @@ from unclip.data.index import (
 )
 from unclip.data.order import BLOCK_SHARDS
 from unclip.data.remote import MissingError, Remote, RemoteConfig, is_url
+from unclip.data.write_lock import WriteLock
 from unclip.errors import DataError
 
 __all__ = [
     "IMAGE_TYPES", "IndexReport", "Sample", "ShardWriter", "Shards", "build_index", "scan_shard", "sync_folder",
     "write_atomic", "write_index",
 ]  # fmt: skip
-_WRITING = ".writing"  # marks tars of a writer that has not finished, so that a next writer may replace them
 _MAX_GAP = 64 << 10  # bytes between the members of a sample that are fetched together
 
 
@@ -53,7 +53,8 @@ class ShardWriter:
     """Context manager that fills a split folder; the same samples give the same bytes.
 
     A shard is written to ``NAME.tar.tmp`` and renamed when complete; ``index.json`` comes last, so a split without an
-    index is unfinished. After an exception nothing is left behind. DataError for a folder that already holds shards.
+    index is unfinished. After an exception nothing is left behind; what a killed writer left is replaced. DataError for
+    a folder that already holds shards, UnclipError for one in which another process writes.
     """
 
     def __init__(self, split_dir: Path, shard_size: int = 1000) -> None:
@@ -66,18 +67,10 @@ class ShardWriter:
         self._count = 0
         self._file: BinaryIO | None = None
         self._tar: Any = None
+        self._lock = WriteLock(self.split_dir, ["."])
 
     def __enter__(self) -> "ShardWriter":
-        self.split_dir.mkdir(parents=True, exist_ok=True)
-        marker = self.split_dir / _WRITING
-        found = [*self.split_dir.glob("*.tar"), *self.split_dir.glob("index.json")]
-        if found and not marker.exists():
-            raise DataError(
-                f"{self.split_dir} already holds {found[0].name}; remove the folder or write to another one"
-            )
-        for old in (*found, *self.split_dir.glob("*.tmp")):
-            old.unlink()
-        marker.touch()
+        self._lock.__enter__()
         return self
 
     def write(self, key: str, image: bytes, caption: str, meta: dict[str, Any], kind: str = "png") -> None:
@@ -114,7 +107,7 @@ class ShardWriter:
             self._abandon()
             raise
         finally:
-            (self.split_dir / _WRITING).unlink()
+            self._lock.__exit__(kind, error, trace)
 
     def _abandon(self) -> None:
         """Leave nothing behind; a full disk must not hide the first error."""
@@ -209,14 +202,29 @@ class Shards:
         return self._piece(i, self._image[i])
 
     def caption(self, i: int) -> str:
-        """KEY.txt, or the field "caption" of KEY.json where there is no text file."""
-        if self._txt[i, 0] >= 0:
+        """KEY.txt, or the field "caption" of KEY.json where there is no text file. DataError for bytes that are no UTF-8."""
+        if self._txt[i, 0] < 0:
+            return str(self.meta(i).get("caption", ""))
+        try:
             return self._piece(i, self._txt[i]).decode("utf-8").strip()
-        return str(self.meta(i).get("caption", ""))
+        except UnicodeDecodeError as error:
+            raise self._damaged(i, f"the caption is not UTF-8 (byte {error.start})") from error
 
     def meta(self, i: int) -> dict[str, Any]:
-        """KEY.json of sample i, {} where there is none."""
-        return json.loads(self._piece(i, self._json[i])) if self._json[i, 0] >= 0 else {}
+        """KEY.json of sample i, {} where there is none. DataError for one that is no JSON."""
+        if self._json[i, 0] < 0:
+            return {}
+        try:
+            return json.loads(self._piece(i, self._json[i]))
+        except ValueError as error:
+            raise self._damaged(i, f"the metadata is no JSON ({error})") from error
+
+    def _damaged(self, i: int, what: str) -> DataError:
+        shard = self.files.shards[self.shard_of(i)]
+        return DataError(
+            f"{shard.location}: {self.keys[i]}: {what}; mend it, or delete index.json, and {shard.advice}, which leaves out "
+            "what is damaged"
+        )
 
     def shard_of(self, i: int) -> int:
         """The number of the shard that holds sample i."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from unclip.errors import DataError
@@ -19,6 +19,7 @@ _DAMAGE = (  # what PIL's decoders raise for damaged files
     Image.DecompressionBombError,
 )  # fmt: skip
 _ORIENTED = (b"Exif\0\0", b"Orientation")  # where a picture may say how the camera was held
+FORMATS = ("PNG", "JPEG", "WEBP")  # of PIL's many, whatever a file is called: for EPS it starts a program
 MAX_BYTES = 200_000_000
 MAX_PIXELS = 80_000_000  # a file of a few kilobytes can claim to hold gigabytes
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # MAX_PIXELS stands in for PIL's two limits
@@ -43,8 +44,8 @@ def load_pixels(content: bytes, size: int | None = None) -> np.ndarray:
     """Decode a png, jpg or webp file to (H, W, 3) uint8 RGB; with ``size``, cut to a size x size square.
 
     Transparency is laid on white, the camera's orientation is applied; grey, palette, CMYK and 16-bit pictures become
-    RGB. Raises DataError when the file is damaged or
-    holds more than MAX_PIXELS.
+    RGB, an animation gives its first picture. Raises DataError when the file is damaged, of another format or holds
+    more than MAX_PIXELS.
     """
     pixels = _plain_jpeg(content, size)
     if pixels is not None:
@@ -52,7 +53,7 @@ def load_pixels(content: bytes, size: int | None = None) -> np.ndarray:
             return pixels
         return np.asarray(square(Image.fromarray(pixels), size))
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 megapixels = image.width * image.height / 1e6
                 raise ValueError(f"{megapixels:.0f} megapixels, more than {MAX_PIXELS / 1e6:.0f}: make it smaller")
@@ -61,6 +62,8 @@ def load_pixels(content: bytes, size: int | None = None) -> np.ndarray:
                     "RGB", (2 * size, 2 * size)
                 )  # JPEG decodes straight to a fraction of its size; else no effect
             picture = to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise DataError("the picture cannot be decoded (it is no png, jpg or webp)") from error
     except _DAMAGE as error:
         raise DataError(f"the picture cannot be decoded ({error})") from error
     return np.array(picture if size is None else square(picture, size))

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from unclip.data.shards import IMAGE_TYPES, Shards
-from unclip.data.transforms import load_image
+from unclip.data.transforms import FORMATS, load_image
 from unclip.errors import ConfigError, DataError
 
 SHEET = "sheet.png"  # what the drawing commands lay beside their pictures
@@ -81,8 +81,13 @@ class FolderSource:
         text = self.paths[i].with_suffix(".txt")
         if text.exists():
             return [text.read_text(encoding="utf-8-sig").strip()]
-        with Image.open(self.paths[i]) as image:
-            return [str(image.info["Description"])] if "Description" in image.info else []
+        try:
+            with Image.open(self.paths[i], formats=FORMATS) as image:
+                return [str(image.info["Description"])] if "Description" in image.info else []
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(
+                f"{self.paths[i]} cannot be decoded ({error}); give it a caption file or take it away"
+            ) from error
 
 
 class SplitSource:
@@ -226,7 +231,7 @@ def load_pictures(source: Source, places: Sequence[int], size: int, fit: Fit) ->
 def sides(content: bytes) -> tuple[int, int]:
     """Height and width of an encoded picture."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             return image.height, image.width
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"the picture cannot be decoded ({error})") from error

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from unclip.data.transforms import load_image
+from unclip.data.transforms import FORMATS, load_image
 from unclip.errors import ConfigError, DataError
 
 MAX_BYTES = 20_000_000
@@ -18,7 +18,6 @@ MAX_PIXELS = 25_000_000
 MAX_CAPTION = 20_000  # characters; CLIP reads far fewer, which a note then says
 MAX_SEED = 2**31 - 1
 MOST_PICTURES, MOST_STEPS = 16, 1000
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")
 
 
 def caption_of(value: Any, what: str = "the caption") -> str:
@@ -94,7 +93,7 @@ def mask_of(value: Any, folder: Path) -> tuple[Tensor, Tensor]:
 def _alpha(layer: Any, folder: Path) -> Tensor:
     """Where a layer is opaque, or white in one without transparency."""
     picture_of(layer, folder, "the mask")  # the same checks
-    with Image.open(io.BytesIO(_content(layer, folder, "the mask"))) as image:
+    with Image.open(io.BytesIO(_content(layer, folder, "the mask")), formats=FORMATS) as image:
         band = image.convert("RGBA").getchannel("A") if "A" in image.getbands() else image.convert("L")
         return torch.from_numpy(np.array(band) > 127)
 
