@@ -110,7 +110,7 @@ def test_copies_of_training_pictures_are_found(root: Path):
 
 DRAWN = ["drawn.runs=runs", "drawn.num=70", "drawn.batch_size=8", "real.split=data/val", "size=16", "clip=runs/clip"]
 SHORT = ["drawn.sampling.prior_steps=1", "drawn.sampling.decoder_steps=2", "drawn.sampling.upsampler_steps=1"]
-MEASURED = ["features=[clip]", "metrics=[kid,precision_recall,clip_score,vendi,lpips]", "replicates=5", "pairs=8"]
+MEASURED = ["features=[clip]", "metrics=[kid,precision_recall,clip_score,vendi,lpips]", "replicates=5", "pairs=10"]
 
 
 def test_two_ranks_find_exactly_what_one_process_finds(root: Path):
@@ -223,6 +223,11 @@ def test_several_pictures_of_a_caption_are_compared_with_each_other(root: Path):
         ([*GIVEN, "features=[dinov2]", "dinov2=none.pth"], "there is no file dinov2=none.pth: fetch https://"),
         ([*GIVEN, "features=[vgg]"], "must name at least one of: lite0, clip, dinov2, inception"),
         ([*GIVEN, "metrics=[fdi]"], "is not one of: fid, kid"),
+        ([*GIVEN, "pairs=9"], "pairs=9 must be at least 10"),
+        (
+            [*GIVEN, "metrics=[lpips]", "real.num=19"],
+            "lpips needs at least 10 pairs of real pictures, but there are 9: give more, or leave it out of metrics",
+        ),
         ([*GIVEN, "neighbours=64"], "neighbours=64 must be below the number of pictures"),
         (["drawn.runs=runs", "drawn.folder=x", "real.split=data/val"], "leave out drawn.folder"),
         (
