@@ -101,4 +101,6 @@ def test_refusals_write_nothing(root: Path, monkeypatch: pytest.MonkeyPatch, giv
 @pytest.mark.parametrize("given", [["run=x"], ["decoder", "run=x"], []])
 def test_the_kind_of_evaluation_must_be_named(tmp_path: Path, given: list[str]):
     said = run_command("unclip-evaluate", *given, cwd=tmp_path, code=1)
-    assert "say first what to evaluate: unclip-evaluate KIND run=...; kinds: coco, pictures, prior" in said
+    assert (
+        "say first what to evaluate: unclip-evaluate KIND run=...; kinds: coco, coco_filtered, pictures, prior" in said
+    )

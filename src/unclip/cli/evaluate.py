@@ -19,7 +19,8 @@ from unclip.run_lock import RunLock
 EVALUATIONS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "prior": (PriorEvaluateConfig, evaluate_prior),
     "pictures": (PictureEvaluateConfig, evaluate_pictures),
-    "coco": (PictureEvaluateConfig, evaluate_pictures),  # a preset of pictures
+    "coco": (PictureEvaluateConfig, evaluate_pictures),  # presets of pictures
+    "coco_filtered": (PictureEvaluateConfig, evaluate_pictures),
 }
 FILE = "evaluation.json"
 GOOD = {  # what to compare a measure with

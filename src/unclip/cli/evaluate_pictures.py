@@ -149,8 +149,6 @@ class PictureEvaluation:
             return None
         place = cfg.captions if cfg.captions.is_given else self.cfg.real
         captions = captions_to_draw(open_source(place, "drawn.captions"), cfg)
-        if not captions:
-            raise DataError("there are no captions to draw: name pictures with captions as drawn.captions")
         return DrawnCaptions(cfg, captions, self.run / "pictures", self.ranks)
 
     def _refuse_training_as_real(self) -> None:
