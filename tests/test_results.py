@@ -69,6 +69,7 @@ def test_a_misspelt_field_is_refused(docs: Path):
 def test_an_evaluation_becomes_rows(docs: Path, tmp_path: Path):
     (tmp_path / "seen").mkdir()
     found = {"measures": {"lite0/kid": 12.34567}, "intervals": {"lite0/kid": [11.0, 13.987654]}}
+    found |= {"commit": "0123abc", "machine": "2 cores, torch 2"}
     (tmp_path / "seen" / "evaluation.json").write_text(json.dumps(found))
     given = [
         "add",
@@ -80,9 +81,16 @@ def test_an_evaluation_becomes_rows(docs: Path, tmp_path: Path):
         "--command",
         "unclip-evaluate pictures",
     ]
+    run("--docs", str(docs), *given, "--seeds", "0")
+    assert (
+        "| lite0/kid | 12.35 | 11.0 to 13.99 |  | `unclip-evaluate pictures` | 0123abc | 2 cores, torch 2 | 2"
+        in (docs / "results.md").read_text()
+    )
     run("--docs", str(docs), *given, "--seeds", "0", "--machine", "a small one")
-    (row,) = (line for line in (docs / "results.md").read_text().splitlines() if line.startswith("| lite0/kid"))
-    assert row.startswith("| lite0/kid | 12.35 | 11.0 to 13.99 |  | `unclip-evaluate pictures` | ")
-    assert "| a small one | 2" in row
+    assert "| 0123abc | a small one | 2" in (docs / "results.md").read_text()
+    del found["commit"]
+    (tmp_path / "seen" / "evaluation.json").write_text(json.dumps(found))
+    said = run("--docs", str(docs), *given, "--seeds", "0", code=1)
+    assert "does not say its commit: it is of an older unclip, or not of a checkout; give --commit" in said
     said = run("--docs", str(docs), *given[:3], str(tmp_path), *given[4:], "--seeds", "0", code=1)
     assert "run unclip-evaluate first" in said
