@@ -44,7 +44,7 @@ def test_a_folders_fingerprint_is_of_what_is_in_the_files(tmp_path: Path):
         return open_source(SourceConfig(folder=str(tmp_path / folder)), "drawn").fingerprint
 
     (tmp_path / "one").mkdir()
-    first, second = picture((8, 8), 1), picture((8, 8), 2)
+    first, second = picture((8, 8), 100), picture((8, 8), 101)
     assert len(first) == len(second)
     (tmp_path / "one" / "a.png").write_bytes(first)
     before = fingerprint("one")
