@@ -33,7 +33,7 @@ half=$(awk -v m="$minutes" 'BEGIN { printf "%.3f", m / 2 }')
 data=(data.path="$out/data")
 embedded=("${data[@]}" data.embeddings="$out/embeddings")
 
-decoder() { # NAME SETTING...
+train_decoder() { # NAME SETTING...
   run train-decoder run="$out/$1" "${embedded[@]}" experiment=busy64_decoder trainer.max_minutes="$minutes" "${@:2}" \
     "${settings[@]}"
 }
@@ -44,8 +44,8 @@ run unclip-embed run="$out/embeddings" clip="$out/clip" data="$out/data" precisi
   "columns=[image_emb,text_emb,tokens,text_seq]"
 run train-prior run="$out/prior" "${embedded[@]}" experiment=demo_prior data.image_size=64 trainer.max_minutes="$half" \
   "${settings[@]}"
-decoder decoder
-decoder text_decoder model.conditioning.image=false
+train_decoder decoder
+train_decoder text_decoder model.conditioning.image=false
 run unclip words-probe --from "$out" --text-decoder "$out/text_decoder" --out "$out/probes" --num "$probe"
 for name in decoder text_decoder; do
   printf '\n%s: %s steps\n' "$name" "$(steps_of "$out/$name")"
