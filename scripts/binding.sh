@@ -10,12 +10,9 @@
 # RUNS/text_decoder is the decoder, RUNS/probes what was found. The same command again goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/probing.sh
 
 minutes='' num=64 settings=()
-fail() {
-  printf 'error: %s\n' "$*" >&2
-  exit 1
-}
 while [[ ${1:-} == --* ]]; do
   [[ $# -ge 2 ]] || fail "$1 needs a value"
   case $1 in
@@ -35,13 +32,11 @@ if [[ -z $minutes ]]; then
   [[ -n $minutes ]] || fail "$runs/decoder was not trained by the clock: say --minutes"
 fi
 
-run() {
-  printf '\n$ %s\n' "$*"
-  "$@"
-}
-
 threads=${OMP_NUM_THREADS:-$(nproc)}
 OMP_NUM_THREADS=$(((threads + 1) / 2)) run train-decoder run="$runs/text_decoder" data.path="$runs/data" \
   data.embeddings="$runs/embeddings" experiment=demo_decoder model.conditioning.image=false trainer.max_minutes="$minutes" \
   "${settings[@]}"
 run unclip binding-probe --from "$runs" --text-decoder "$runs/text_decoder" --out "$runs/probes" --num "$num"
+for name in decoder text_decoder; do
+  printf '\n%s: %s steps\n' "$name" "$(steps_of "$runs/$name")"
+done

@@ -4,7 +4,8 @@
 #
 # usage: scripts/busy.sh [options]
 #   --out FOLDER     where data and runs go (runs/busy); the same command again goes on where it stopped
-#   --minutes M      of training for each base (60); CLIP, prior and each upsampler get half of it
+#   --minutes M      of training for each base (60); CLIP, prior and each upsampler get half of it, the base of 64 px that sees
+#                    as many samples as the one of 32 up to four times as much
 #   --num N          training pictures of 1 to 8 objects (20000)
 #   --probe N        captions of the probe (128)
 #   --set "K=V ..."  further settings of every training
@@ -13,12 +14,9 @@
 # chain for unclip generate --from.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts/probing.sh
 
 out=runs/busy minutes=60 num=20000 probe=128 settings=()
-fail() {
-  printf 'error: %s\n' "$*" >&2
-  exit 1
-}
 while [[ ${1:-} == --* ]]; do
   [[ $# -ge 2 ]] || fail "$1 needs a value"
   case $1 in
@@ -33,15 +31,9 @@ while [[ ${1:-} == --* ]]; do
 done
 [[ $# -eq 0 ]] || fail "unknown argument $1; the head of $0 lists the options"
 
-run() {
-  printf '\n$ %s\n' "$*"
-  "$@"
-}
-
 half=$(awk -v m="$minutes" 'BEGIN { printf "%.3f", m / 2 }')
 data=(data.path="$out/data")
 embedded=("${data[@]}" data.embeddings="$out/embeddings")
-steps_of() { sed -n 's/^  "step": \([0-9]*\).*/\1/p' "$1/artifact/manifest.json"; }
 
 chain() { # FOLDER BASE SETTING...: the decoder, and the links that make the folder a chain
   mkdir -p "$out/$1"

@@ -2,7 +2,8 @@
 
 python scripts/results.py                                        writes the page
 python scripts/results.py add NAME --from RUN --title TITLE --command "COMMAND" --seeds "0"
-                                                                 makes docs/results/NAME.json of RUN/evaluation.json
+                                                                 makes docs/results/NAME.json of RUN/evaluation.json, which
+                                                                 names commit and machine; --commit and --machine replace them
 
 docs/results/peer_quality/ holds the pieces of scripts/bench/peer_quality.py, of which the page gives the figures.
 
@@ -13,9 +14,6 @@ noted at the time. Optional are ``unit``, ``interval`` and ``goal``. What all ro
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -48,7 +46,8 @@ def main() -> None:
     add.add_argument("--from", dest="run", type=Path, required=True, help="an evaluated run")
     for option in ("title", "command", "seeds"):
         add.add_argument(f"--{option}", required=True)
-    add.add_argument("--machine", default=machine())
+    for option in ("commit", "machine"):
+        add.add_argument(f"--{option}", help="where evaluation.json does not say it, or says too little")
     asked = parser.parse_args()
     try:
         if asked.what == "add":
@@ -138,7 +137,13 @@ def write_result(asked: argparse.Namespace) -> None:
     if not source.exists():
         raise ValueError(f"there is no {source}; run unclip-evaluate first")
     found = json.loads(source.read_text())
-    common = {"command": asked.command, "commit": commit(), "machine": asked.machine, "seeds": asked.seeds}
+    common = {"command": asked.command, "seeds": asked.seeds}
+    for name in ("commit", "machine"):
+        common[name] = getattr(asked, name) or found.get(name)
+        if not common[name]:
+            raise ValueError(
+                f"{source} does not say its {name}: it is of an older unclip, or not of a checkout; give --{name}"
+            )
     common["date"] = time.strftime("%Y-%m-%d", time.gmtime(source.stat().st_mtime))
     rows = [
         {"figure": name, "value": rounded(value)} | _interval(found, name) for name, value in found["measures"].items()
@@ -157,26 +162,6 @@ def _interval(found: dict[str, Any], name: str) -> dict[str, Any]:
 def rounded(value: float) -> float:
     """To four digits."""
     return float(f"{value:.4g}")
-
-
-def commit() -> str:
-    """Of the working directory, with a star where it holds changes."""
-    words = [("rev-parse", "--short=7", "HEAD"), ("status", "--porcelain", "--untracked-files=no")]
-    done = [
-        subprocess.run(["git", *w], cwd=DOCS, capture_output=True, text=True, check=True).stdout.strip() for w in words
-    ]
-    return done[0] + ("*" if done[1] else "")
-
-
-def machine() -> str:
-    """Cores and processor."""
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.exists()
-        else []
-    )
-    return f"{len(os.sched_getaffinity(0))} cores, {names[0] if names else platform.processor() or platform.machine()}"
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ NEEDED = {
     "prior": ["run=r", "prior=p", "data.path=d", "data.embeddings=e"],  # of unclip-evaluate
     "pictures": ["run=r", "drawn.folder=d", "real.folder=r"],
     "coco": ["run=r", "drawn.runs=d", "real.coco=c", "clip=c", "inception=i"],
+    "coco_filtered": ["run=r", "drawn.runs=d", "real.coco=c", "clip=c", "inception=i", "train.split=t"],
 }
 _PLACEHOLDER = re.compile(r".*(…|\.\.\.)|[A-Z][A-Z_0-9]*(\.[a-z]+)?")  # paper_…, RUN, NAMES.txt
 

@@ -32,6 +32,7 @@ EVALUATIONS = {  # KIND of unclip-evaluate
     "pictures": (PictureEvaluateConfig, SEEN),
     "coco": (PictureEvaluateConfig, ["run=r", "drawn.runs=c", "real.coco=o", "clip=j", "inception=w"]),
 }
+EVALUATIONS["coco_filtered"] = (PictureEvaluateConfig, [*EVALUATIONS["coco"][1], "train.split=t"])
 STAGE_OF = {"clip": "train_clip", "prior": "train_prior", "decoder": "train_decoder", "upsampler": "train_upsampler"}
 
 
@@ -215,3 +216,6 @@ def test_coco_is_the_papers_protocol():
     assert (cfg.drawn.num, cfg.size, cfg.real.num, cfg.real.coco_split) == (30_000, 256, None, "val2014")
     assert (cfg.drawn.sampling.decoder_guidance, cfg.drawn.sampling.prior_guidance) == (1.25, None)
     assert (cfg.features, cfg.metrics[0].name) == (["inception"], "fid")
+    filtered = composed("evaluate", ["evaluation=coco_filtered", *EVALUATIONS["coco_filtered"][1]])
+    assert (filtered.features, filtered.filtered_share) == (["clip", "inception"], 0.21), "by what CLIP sees"
+    assert (filtered.drawn, filtered.metrics, filtered.size) == (cfg.drawn, cfg.metrics, cfg.size)

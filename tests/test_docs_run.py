@@ -55,6 +55,7 @@ NOT_RUN = {
     "unclip enlarge-probe": "the same",
     "scripts/binding.sh": "trains a chain for minutes",
     "scripts/busy.sh": "the same",
+    "scripts/words.sh": "the same",
     "scripts/ablate_decoder.py": "trains thirteen decoders; tests/test_ablate_decoder.py, small ones",
     "unclip push": "a hub; tests/interop push to a folder",
     "unclip pull": "the same",

@@ -2,14 +2,17 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from prior_data import embed, make_pairs
 from tests_support import TINY, run_command
 
+from unclip import __version__
 from unclip.cli.evaluate import evaluate
 from unclip.cli.train import CONF, forced
 from unclip.errors import UnclipError
@@ -63,6 +66,11 @@ def test_evaluation_of_the_same_samples_agrees_with_the_training_runs_last_valid
     found = json.loads((root / "runs/again/evaluation.json").read_text())
     manifest = json.loads((root / "runs/prior/artifact/manifest.json").read_text())
     assert (found["hash"], found["step"], found["split"], found["samples"]) == (manifest["hash"], 4, "val", 20)
+    head = subprocess.run(
+        ["git", "rev-parse", "--short=7", "HEAD"], cwd=CONF, capture_output=True, text=True, check=False
+    )
+    assert (found["version"], (found["commit"] or "").rstrip("*")) == (__version__, head.stdout.strip())
+    assert re.fullmatch(rf"\d+ cores, .+, torch {re.escape(torch.__version__)}", found["machine"])
     assert set(found["measures"]) == ALL
     assert all(name in said for name in ALL)
     for name in ("mse", "cosine_to_true", "cosine_text_to_true", "mse_at_05", "mse_at_95"):
@@ -101,4 +109,6 @@ def test_refusals_write_nothing(root: Path, monkeypatch: pytest.MonkeyPatch, giv
 @pytest.mark.parametrize("given", [["run=x"], ["decoder", "run=x"], []])
 def test_the_kind_of_evaluation_must_be_named(tmp_path: Path, given: list[str]):
     said = run_command("unclip-evaluate", *given, cwd=tmp_path, code=1)
-    assert "say first what to evaluate: unclip-evaluate KIND run=...; kinds: coco, pictures, prior" in said
+    assert (
+        "say first what to evaluate: unclip-evaluate KIND run=...; kinds: coco, coco_filtered, pictures, prior" in said
+    )

@@ -108,9 +108,9 @@ def test_copies_of_training_pictures_are_found(root: Path):
     assert found["lite0/nearest_train"] > found["lite0/nearest_train_real"]
 
 
-DRAWN = ["drawn.runs=runs", "drawn.num=70", "drawn.batch_size=8", "real.split=data/val", "size=16", "clip=runs/clip"]
+DRAWN = ["drawn.runs=runs", "drawn.num=64", "drawn.batch_size=8", "real.split=data/val", "size=16", "clip=runs/clip"]
 SHORT = ["drawn.sampling.prior_steps=1", "drawn.sampling.decoder_steps=2", "drawn.sampling.upsampler_steps=1"]
-MEASURED = ["features=[clip]", "metrics=[kid,precision_recall,clip_score,vendi,lpips]", "replicates=5", "pairs=8"]
+MEASURED = ["features=[clip]", "metrics=[kid,precision_recall,clip_score,vendi,lpips]", "replicates=5", "pairs=10"]
 
 
 def test_two_ranks_find_exactly_what_one_process_finds(root: Path):
@@ -125,7 +125,7 @@ def test_two_ranks_find_exactly_what_one_process_finds(root: Path):
     one, two = (json.loads((root / run / "evaluation.json").read_text()) for run in ("one", "two"))
     assert one["measures"] == two["measures"]
     assert one["intervals"] == two["intervals"]
-    assert one["pictures"]["drawn"]["count"] == 64, "val has 64 captions"
+    assert one["pictures"]["drawn"]["count"] == 64
     for name in ("00000000.png", "00000063.png"):
         assert (root / "one/pictures" / name).read_bytes() == (root / "two/pictures" / name).read_bytes()
 
@@ -165,14 +165,14 @@ def test_the_same_command_goes_on_where_it_was_stopped(root: Path, monkeypatch: 
 
 def test_coco_against_its_whole_validation_set_and_the_filtered_one(root: Path):
     given = ["drawn.runs=runs", "drawn.num=60", *SHORT, "size=32", "real.coco=coco", "clip=runs/clip"]
-    given += ["train.coco=coco", "train.coco_split=train2014", "filtered_share=0.2", "replicates=5"]
+    given += ["train.coco=coco", "train.coco_split=train2014", "replicates=5"]
     given += ["features=[clip]", "inception=null", "metrics=[kid,cmmd,clip_score]"]
-    found = evaluated("coco", "run=coco-run", *given)
+    found = evaluated("coco_filtered", "run=coco-run", *given)
     assert {side: source["count"] for side, source in found["pictures"].items()} == {
         "drawn": 60,
         "real": 70,
         "train": 30,
-        "real_filtered": 56,
+        "real_filtered": 55,
     }
     assert set(found["measures"]) == {
         *("clip/kid", "clip/kid_filtered", "clip/cmmd", "clip/cmmd_filtered", "clip/score", "clip/score_real"),
@@ -223,7 +223,16 @@ def test_several_pictures_of_a_caption_are_compared_with_each_other(root: Path):
         ([*GIVEN, "features=[dinov2]", "dinov2=none.pth"], "there is no file dinov2=none.pth: fetch https://"),
         ([*GIVEN, "features=[vgg]"], "must name at least one of: lite0, clip, dinov2, inception"),
         ([*GIVEN, "metrics=[fdi]"], "is not one of: fid, kid"),
+        ([*GIVEN, "pairs=9"], "pairs=9 must be at least 10"),
+        (
+            [*GIVEN, "metrics=[lpips]", "real.num=19"],
+            "lpips needs at least 10 pairs of real pictures, but there are 9: give more, or leave it out of metrics",
+        ),
         ([*GIVEN, "neighbours=64"], "neighbours=64 must be below the number of pictures"),
+        (
+            ["drawn.runs=runs", "drawn.num=65", "real.split=data/val"],
+            "drawn.num=65 asks for more captions than the 64 of data/val: set drawn.num=64, or name pictures",
+        ),
         (["drawn.runs=runs", "drawn.folder=x", "real.split=data/val"], "leave out drawn.folder"),
         (
             ["drawn.folder=x", "drawn.per_caption=2", "real.split=data/val"],

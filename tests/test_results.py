@@ -32,18 +32,25 @@ def test_the_page_is_what_its_command_writes(docs: Path):
     )
 
 
+UNKNOWN = {  # cells that say "not noted", by figure and column, and why nothing else can be said
+    ("unresized, JPEGs of 256 px", "commit"): "docs/data.md noted the day and the machine only",
+}
+
+
 def test_every_row_names_command_commit_machine_and_seeds(docs: Path):
     run("--docs", str(docs))
     lines = [line for line in (docs / "results.md").read_text().splitlines() if line.startswith("| ")]
-    head = [cell.strip() for cell in lines[0].split(" | ")]
+    head = [cell.strip("| ") for cell in lines[0].split(" | ")]
     rows = [line for line in lines if line != lines[0]]
     total = sum(len(json.loads(path.read_text())["rows"]) for path in (docs / "results").glob("*.json"))
     assert len(rows) == total > 100
-    assert [name.strip("| ") for name in head] == [
-        *("figure", "value", "interval", "goal", "command", "commit", "machine", "date", "seeds")
-    ]
+    assert head == ["figure", "value", "interval", "goal", "command", "commit", "machine", "date", "seeds"]
+    lacking = set()
     for row in rows:
-        assert row.count(" | ") == 8, row
+        cells = dict(zip(head, (cell.strip("| ") for cell in row.split(" | ")), strict=True))
+        optional = {"interval", "goal"}
+        lacking |= {(cells["figure"], name) for name in cells if name not in optional and cells[name] in ("", "—")}
+    assert lacking == set(UNKNOWN)
 
 
 @pytest.mark.parametrize("name", ["command", "commit", "machine", "date", "seeds", "value"])
@@ -69,6 +76,7 @@ def test_a_misspelt_field_is_refused(docs: Path):
 def test_an_evaluation_becomes_rows(docs: Path, tmp_path: Path):
     (tmp_path / "seen").mkdir()
     found = {"measures": {"lite0/kid": 12.34567}, "intervals": {"lite0/kid": [11.0, 13.987654]}}
+    found |= {"commit": "0123abc", "machine": "2 cores, torch 2"}
     (tmp_path / "seen" / "evaluation.json").write_text(json.dumps(found))
     given = [
         "add",
@@ -80,9 +88,16 @@ def test_an_evaluation_becomes_rows(docs: Path, tmp_path: Path):
         "--command",
         "unclip-evaluate pictures",
     ]
+    run("--docs", str(docs), *given, "--seeds", "0")
+    assert (
+        "| lite0/kid | 12.35 | 11.0 to 13.99 |  | `unclip-evaluate pictures` | 0123abc | 2 cores, torch 2 | 2"
+        in (docs / "results.md").read_text()
+    )
     run("--docs", str(docs), *given, "--seeds", "0", "--machine", "a small one")
-    (row,) = (line for line in (docs / "results.md").read_text().splitlines() if line.startswith("| lite0/kid"))
-    assert row.startswith("| lite0/kid | 12.35 | 11.0 to 13.99 |  | `unclip-evaluate pictures` | ")
-    assert "| a small one | 2" in row
+    assert "| 0123abc | a small one | 2" in (docs / "results.md").read_text()
+    del found["commit"]
+    (tmp_path / "seen" / "evaluation.json").write_text(json.dumps(found))
+    said = run("--docs", str(docs), *given, "--seeds", "0", code=1)
+    assert "does not say its commit: it is of an older unclip, or not of a checkout; give --commit" in said
     said = run("--docs", str(docs), *given[:3], str(tmp_path), *given[4:], "--seeds", "0", code=1)
     assert "run unclip-evaluate first" in said

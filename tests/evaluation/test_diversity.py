@@ -50,6 +50,13 @@ def test_pairs_are_of_one_caption_where_there_are_several_pictures_of_it():
     assert alike
     assert pairs.tolist() == [[0, 2], [1, 4], [2, 5]]
     assert pairs_of(["a", "b", "a", "c", "b", "a"], 2, 0)[0].shape == (2, 2)
+
+
+def test_pairs_are_of_any_pictures_where_captions_repeat_by_accident():
+    pairs, alike = pairs_of([*range(99), 5], 1000, 0)
+    assert not alike
+    assert pairs.shape == (50, 2), "not the one pair of a caption"
+    assert not pairs_of(["a", "a", "b", "c"], 10, 0)[1]
     pairs, alike = pairs_of(list("abcdefg"), 10, 0)
     assert not alike
     assert pairs.shape == (3, 2)

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,23 @@ def test_a_folder_is_read_by_name_with_captions_beside_or_within(tmp_path: Path)
     before = source.fingerprint
     (tmp_path / "d.png").write_bytes(picture((8, 8)))
     assert open_source(SourceConfig(folder=str(tmp_path)), "drawn").fingerprint != before
+
+
+def test_a_folders_fingerprint_is_of_what_is_in_the_files(tmp_path: Path):
+    def fingerprint(folder: str) -> str:
+        return open_source(SourceConfig(folder=str(tmp_path / folder)), "drawn").fingerprint
+
+    (tmp_path / "one").mkdir()
+    first, second = picture((8, 8), 100), picture((8, 8), 101)
+    assert len(first) == len(second)
+    (tmp_path / "one" / "a.png").write_bytes(first)
+    before = fingerprint("one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two", copy_function=shutil.copyfile)
+    assert fingerprint("two") == before, "whenever it was written"
+    (tmp_path / "two" / "a.png").write_bytes(second)
+    assert fingerprint("two") != before
+    (tmp_path / "one" / "a.txt").write_text("a caption")
+    assert fingerprint("one") != before
 
 
 def test_part_of_a_split_is_spread_evenly(tmp_path: Path):

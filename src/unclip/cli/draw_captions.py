@@ -12,7 +12,7 @@ from unclip.batches import Batches, Meter
 from unclip.cli.options import Overrides
 from unclip.cli.pictures import sampling
 from unclip.config import Precision, to_plain
-from unclip.errors import ArtifactError, ConfigError
+from unclip.errors import ArtifactError, ConfigError, DataError
 from unclip.evaluation.blocks import Ranks, claim
 from unclip.evaluation.sheet import save_picture
 from unclip.evaluation.sources import Source, SourceConfig
@@ -25,8 +25,8 @@ from unclip.recipe import text_chunks, to_image
 class DrawnConfig(SourceConfig):
     """Pictures that are there, as of any source, or that are drawn: ``runs`` is then the folder of a chain's runs.
 
-    ``captions`` are those of these pictures, by default of the real ones; ``num`` of them, at random by ``seed`` where there
-    are more. Each is drawn ``per_caption`` times; picture i has the seed ``seed`` + i. ``sampling`` replaces parts of what
+    ``captions`` are those of these pictures, by default of the real ones; ``num`` of them, at random by ``seed``, where
+    there are as many. Each is drawn ``per_caption`` times; picture i has the seed ``seed`` + i. ``sampling`` replaces parts of what
     the artifacts say: ``drawn.sampling.decoder_guidance=1.25``.
     """
 
@@ -115,8 +115,18 @@ class DrawnCaptions:
 
 
 def captions_to_draw(source: Source, cfg: DrawnConfig) -> list[str]:
-    """All captions of a source's pictures, or ``cfg.num`` of them chosen by ``cfg.seed``, in order, each as often as asked for."""
+    """All captions of a source's pictures, or ``cfg.num`` of them chosen by ``cfg.seed``, in order, each as often as asked for.
+
+    DataError where there are none, ConfigError where there are fewer than ``cfg.num``.
+    """
     found = [caption for i in range(len(source)) for caption in source.captions(i) if caption]
+    if not found:
+        raise DataError("there are no captions to draw: name pictures with captions as drawn.captions")
+    if cfg.num is not None and cfg.num > len(found):
+        raise ConfigError(
+            f"drawn.num={cfg.num} asks for more captions than the {len(found)} of {source.where}: set drawn.num={len(found)}, "
+            "or name pictures with more captions as drawn.captions"
+        )
     if cfg.num is not None and cfg.num < len(found):
         chosen = np.random.default_rng(cfg.seed).permutation(len(found))[: cfg.num]
         found = [found[i] for i in np.sort(chosen)]

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unclip.cli.evaluate_pictures import PictureEvaluateConfig, evaluate_pictures
+from unclip.cli.origin import origin
 from unclip.config import typed
 from unclip.data.shards import write_atomic
 from unclip.evaluation.prior import PriorEvaluateConfig, evaluate_prior
@@ -19,7 +20,8 @@ from unclip.run_lock import RunLock
 EVALUATIONS: dict[str, tuple[type, Callable[[Any], dict[str, Any]]]] = {
     "prior": (PriorEvaluateConfig, evaluate_prior),
     "pictures": (PictureEvaluateConfig, evaluate_pictures),
-    "coco": (PictureEvaluateConfig, evaluate_pictures),  # a preset of pictures
+    "coco": (PictureEvaluateConfig, evaluate_pictures),  # presets of pictures
+    "coco_filtered": (PictureEvaluateConfig, evaluate_pictures),
 }
 FILE = "evaluation.json"
 GOOD = {  # what to compare a measure with
@@ -58,14 +60,19 @@ GOOD_PICTURES = {  # by the name behind the net's
 
 
 def evaluate(kind: str, raw: DictConfig) -> dict[str, Any]:
-    """Run one kind of evaluation; its result goes to ``run/evaluation.json`` and, as a table, to the terminal."""
+    """Run one kind of evaluation; its result goes to ``run/evaluation.json`` and, as a table, to the terminal.
+
+    With it goes its :func:`origin`.
+    """
     config, work = EVALUATIONS[kind]
     cfg = typed(raw, config)
     run = Path(cfg.run)
     with RunLock(run):
+        begun = origin()  # the checkout may move on while it works
         found = work(cfg)
         if not found:  # another rank tells what was found
             return found
+        found |= begun
         write_atomic(run / FILE, (json.dumps(found, indent=2) + "\n").encode())
         report_quietly(run)
     Console().print(_intervals(found) if "intervals" in found else _table(found))

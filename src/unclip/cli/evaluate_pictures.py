@@ -18,11 +18,13 @@ from unclip.evaluation.extractors import ClipFeatures, Extractor, open_extractor
 from unclip.evaluation.features import PictureFeatures
 from unclip.evaluation.intervals import LEVEL
 from unclip.evaluation.pictures import (
+    LEAST_PAIRS,
     OF_CLIP,
     ONE_SIDED,
     Figures,
     Metric,
     refuse_few_captions,
+    refuse_few_pairs,
     refuse_nonfinite,
     refuse_too_few,
     unlike_training,
@@ -44,8 +46,8 @@ class PictureEvaluateConfig:
     ``features``: the nets whose features are compared, of lite0, clip, dinov2 and inception; ``clip`` is a run or artifact,
     ``dinov2`` and ``inception`` are files of weights. ``size``: what all pictures are cut to; null: as drawn, which real ones
     must then be too. ``neighbours``: k of precision, recall, density and coverage. ``replicates``: of the bootstrap.
-    ``pairs``: of pictures that lpips compares. ``filtered_share`` > 0 gives each distance again without that share of the real
-    pictures, those nearest to a training picture by the first net.
+    ``pairs``: of pictures that lpips compares, 10 or more. ``filtered_share`` > 0 gives each distance again without that share of
+    the real pictures, those nearest to a training picture by the first net.
     """
 
     run: str
@@ -82,10 +84,12 @@ class PictureEvaluateConfig:
             raise ConfigError(
                 f"{', '.join(lacking)} need real pictures: give real.split=DATA/val, real.folder= or real.coco="
             )
-        if self.neighbours < 1 or self.pairs < 1 or self.replicates < 0 or not 0 <= self.filtered_share < 1:
+        if self.pairs < LEAST_PAIRS:
+            raise ConfigError(f"pairs={self.pairs} must be at least {LEAST_PAIRS}: lpips of fewer says nothing")
+        if self.neighbours < 1 or self.replicates < 0 or not 0 <= self.filtered_share < 1:
             raise ConfigError(
-                f"neighbours={self.neighbours} and pairs={self.pairs} must be at least 1, replicates={self.replicates} at "
-                f"least 0, and filtered_share={self.filtered_share} a share below 1"
+                f"neighbours={self.neighbours} must be at least 1, replicates={self.replicates} at least 0, and "
+                f"filtered_share={self.filtered_share} a share below 1"
             )
 
     @property
@@ -136,6 +140,7 @@ class PictureEvaluation:
         self._refuse_too_few()
         self.size = self._common_size()
         self.captions = self._captions()
+        self.pairs = self._pairs() if Metric.lpips in self.metrics else {}
         self.stores: dict[tuple[str, str], Blocks] = {}
 
     def _drawer(self) -> DrawnCaptions | None:
@@ -144,8 +149,6 @@ class PictureEvaluation:
             return None
         place = cfg.captions if cfg.captions.is_given else self.cfg.real
         captions = captions_to_draw(open_source(place, "drawn.captions"), cfg)
-        if not captions:
-            raise DataError("there are no captions to draw: name pictures with captions as drawn.captions")
         return DrawnCaptions(cfg, captions, self.run / "pictures", self.ranks)
 
     def _refuse_training_as_real(self) -> None:
@@ -240,8 +243,8 @@ class PictureEvaluation:
     def _compare_pairs(self) -> None:
         net = self.nets["lite0"]
         assert isinstance(net, PictureFeatures)
-        for side, pairs in self._pairs().items():
-            store = self._store("lpips", side, len(pairs), str(self.cfg.pairs), str(self.cfg.seed))
+        for side, pairs in self.pairs.items():
+            store = self._store("lpips", side, len(pairs), str(self.cfg.pairs), str(self.cfg.seed), self.lpips_name)
             for block, rows in self._mine(len(pairs), f"comparing {side} pictures"):
                 if store.has(block):
                     continue
@@ -259,6 +262,8 @@ class PictureEvaluation:
         found = {"drawn": pairs}
         if "real" in self.sources and not alike:
             found["real"] = pairs_of(range(len(self.sources["real"])), self.cfg.pairs, self.cfg.seed)[0]
+        for side, some in found.items():
+            refuse_few_pairs(side, len(some))
         return found
 
     def _mine(self, count: int, title: str) -> Iterable[tuple[int, range]]:

@@ -54,16 +54,18 @@ def r_precise(image_emb: Tensor, text_emb: Tensor, captions: Sequence[Hashable],
 def pairs_of(captions: Sequence[Hashable], num: int, seed: int) -> tuple[np.ndarray, bool]:
     """Up to ``num`` pairs (P, 2) of pictures to compare, and whether they are pairs of one caption.
 
-    Where captions have several pictures, each is paired with the next one of its caption; else all pictures by chance.
+    Where most captions have several pictures, each is paired with the next one of its caption; else all pictures by chance,
+    since a few captions that occur twice are no sample.
     """
     last: dict[Hashable, int] = {}
-    found = []
+    found, several = [], set()
     for place, caption in enumerate(captions):
         if caption in last:
             found.append((last[caption], place))
+            several.add(caption)
         last[caption] = place
     rng = np.random.default_rng(seed)
-    if found:
+    if 2 * len(several) > len(last):
         return np.array(found)[np.sort(rng.permutation(len(found))[:num])], True
     order = rng.permutation(len(captions))[: 2 * min(num, len(captions) // 2)]
     return order.reshape(-1, 2), False

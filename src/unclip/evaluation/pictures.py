@@ -41,6 +41,7 @@ LEAST = {  # pictures on each side; docs/evaluation.md says why. Of fid, one mor
     Metric.lpips: 20,
     Metric.memorisation: 20,
 }
+LEAST_PAIRS = 10  # of lpips: what its 20 pictures make
 COPY_QUANTILE, NUM_SHOWN = 0.99, 4
 
 
@@ -54,6 +55,15 @@ def refuse_too_few(metric: Metric, counts: dict[str, int], width: int = 0) -> No
                 f"{metric.name} needs at least {least:,} {side} pictures{why}, but there are {count:,}: give more, or leave "
                 "it out of metrics"
             )
+
+
+def refuse_few_pairs(side: str, count: int) -> None:
+    """ConfigError where LPIPS would rest on few pairs of pictures."""
+    if count < LEAST_PAIRS:
+        raise ConfigError(
+            f"lpips needs at least {LEAST_PAIRS} pairs of {side} pictures, but there are {count}: give more, or leave it out "
+            "of metrics"
+        )
 
 
 def refuse_few_captions(captions: list[str]) -> None:

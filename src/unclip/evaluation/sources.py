@@ -57,7 +57,11 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """Picture files of a folder by name."""
+    """Picture files of a folder by name.
+
+    The fingerprint is of all content, captions too, not of sizes and times: a picture drawn again may be as large as before, and
+    a copied folder holds the same pictures. Reading the files once more costs little beside looking at them with a net.
+    """
 
     def __init__(self, folder: str) -> None:
         self.where = folder
@@ -65,8 +69,12 @@ class FolderSource:
             raise DataError(f"there is no folder {folder}")
         found = (path for path in Path(folder).iterdir() if path.suffix.lower().lstrip(".") in IMAGE_TYPES)
         self.paths = sorted(path for path in found if path.name != SHEET)
-        listed = json.dumps([(path.name, path.stat().st_size) for path in self.paths])
-        self.fingerprint = hashlib.sha256(listed.encode()).hexdigest()
+        listed = hashlib.sha256()
+        for path in self.paths:
+            for file in (path, path.with_suffix(".txt")):
+                if file.is_file():
+                    listed.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        self.fingerprint = listed.hexdigest()
 
     def __len__(self) -> int:
         return len(self.paths)
