@@ -307,7 +307,8 @@ def _read(tokenizer: Tokenizer, work: list[tuple[Crops, range]], step: int) -> B
 
 def _cut(tokenizer: Tokenizer, batch: Batch) -> list[str]:
     """The keys of captions that are longer than CLIP reads, one for each caption."""
-    full = batch.column("tokens")[:, -1].nonzero().flatten().tolist()  # as few as there are: counting tokens takes time
+    # as few as there are: counting tokens takes time
+    full: list[int] = batch.column("tokens")[:, -1].nonzero().flatten().tolist()
     long = (row for row in full if tokenizer.length(batch.caption[row]) > tokenizer.context_length)
     return [batch.key[row * len(batch.key) // len(batch.caption)] for row in long]
 
