@@ -10,7 +10,6 @@ from tests_support import TINY, kill_beyond, run_command
 
 from unclip import artifact
 from unclip.errors import ArtifactError
-from unclip.loading import refuse_half
 from unclip.models.decoder import Decoder
 from unclip.pipeline import UnCLIP
 
@@ -113,8 +112,8 @@ def test_the_artifact_names_the_first_net_among_its_parents(chain: Path):
 def test_half_a_decoder_is_neither_pushed_nor_exported(chain: Path, tmp_path: Path):
     manifest = artifact.read_manifest(chain / "half")
     with pytest.raises(ArtifactError, match="draws the noisier 70% of the steps only"):
-        refuse_half(manifest, chain / "half")
-    refuse_half(artifact.read_manifest(chain / "runs/decoder"), chain / "runs/decoder")
+        artifact.refuse_half(manifest, chain / "half")
+    artifact.refuse_half(artifact.read_manifest(chain / "runs/decoder"), chain / "runs/decoder")
     said = run_command("unclip", "export", "onnx", str(chain / "half"), "--out", "onnx", cwd=tmp_path, code=1)
     assert "of the steps only" in " ".join(said.split())
     push = ["somebody/something", "--license", "mit", "--dry-run", "pushed"]

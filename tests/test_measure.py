@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,8 +55,12 @@ def test_measure_writes_every_number_where_the_report_reads_it(styled_chain: Pat
 def test_each_figure_is_of_the_pictures_that_its_name_says(styled_chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[Tensor] = []
     styles: list[Tensor] = []
-    monkeypatch.setattr(Yardstick, "kid", lambda self, drawn: (looked.append(drawn), 0.0))
-    monkeypatch.setattr(Yardstick, "style_accuracy", lambda self, drawn: styles.append(drawn) or 0.0)
+
+    def noted(where: list[Tensor], answer: Any) -> Any:
+        return lambda self, drawn: where.append(drawn) or answer
+
+    monkeypatch.setattr(Yardstick, "kid", noted(looked, (1.0, 0.1)))
+    monkeypatch.setattr(Yardstick, "style_accuracy", noted(styles, 0.5))
     runs, data = styled_chain / "runs", styled_chain / "data"
     found = measure(runs, data, styled_chain / "runs/judge", num=8, seed=3, batch_size=4)
     pipeline = UnCLIP.load(runs, precision=Precision.bf16)

@@ -307,3 +307,13 @@ def describe(model: nn.Module) -> dict[str, int]:
         "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         "bytes": sum(p.numel() * torch.tensor([], dtype=p.dtype).element_size() for p in parameters),
     }
+
+
+def refuse_half(manifest: Manifest, folder: Path) -> None:
+    """ArtifactError for a decoder of two nets whose second one is still to be trained."""
+    split = manifest.config.get("split") if manifest.kind == "decoder" else None
+    if split and manifest.config.get("last_net") is None:
+        raise ArtifactError(
+            f"{folder} draws the noisier {1 - split:.0%} of the steps only (model.split): take the decoder that train-decoder "
+            "makes of it with model.first and model.last_net"
+        )

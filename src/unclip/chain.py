@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip.artifact import Manifest
+from unclip.artifact import Manifest, refuse_half
 from unclip.batches import Batches
 from unclip.config import Precision
 from unclip.diffusion.inversion import ddim_invert
@@ -18,7 +18,7 @@ from unclip.diffusion.repaint import repaint
 from unclip.diffusion.samplers import OnStep
 from unclip.errors import ArtifactError, ConfigError
 from unclip.jobs import Drawn, Job, Sampling, known_parts, laid_over, there
-from unclip.loading import Models, OnDemand, refuse_half
+from unclip.loading import Models, OnDemand
 from unclip.models.pictures import middle, resize, to_range, to_uint8
 from unclip.models.sampling import AnyPriorSampling, ARSampling, DiffusionSampling, NoSampling, UpsamplerSampling
 from unclip.nets.layers import Cond

@@ -80,13 +80,3 @@ def folders_of(runs: Path) -> dict[str, Path]:
         del found["prior"]
     upsamplers = [path for path in sorted(runs.glob("upsampler*")) if artifact.is_there(path)]
     return found | {path.name: path for path in upsamplers}
-
-
-def refuse_half(manifest: Manifest, folder: Path) -> None:
-    """ArtifactError for a decoder of two nets whose second one is still to be trained."""
-    split = manifest.config.get("split") if manifest.kind == "decoder" else None
-    if split and manifest.config.get("last_net") is None:
-        raise ArtifactError(
-            f"{folder} draws the noisier {1 - split:.0%} of the steps only (model.split): take the decoder that train-decoder "
-            "makes of it with model.first and model.last_net"
-        )

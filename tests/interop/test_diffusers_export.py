@@ -160,7 +160,10 @@ UNIT = {"embedding_norm": "unit"}
         ({"decoder": UNIT}, "embedding_norm=raw"),
         ({"decoder": {"embedding_scale": 2.0}}, "embedding_norm=raw"),
         ({"decoder": {"net": {"patch": 2}}}, "net.patch=1"),
-        ({"decoder": {"split": 0.5, "last_net": {"channels": [32], "attention_levels": [0]}}}, "model.split=0"),
+        (
+            {"decoder": {"split": 0.5, "last_net": {"channels": [32], "attention_levels": [0], "head_dim": 32}}},
+            "model.split=0",
+        ),
         ({"decoder": {"conditioning": {"text": "tokens"}}}, "conditioning.text=clip_states"),
         ({"decoder": {"conditioning": {"text": "none"}}}, "conditioning.text=clip_states"),
         ({"decoder": {"conditioning": {"text_emb": False}}}, "conditioning.text_emb=true"),

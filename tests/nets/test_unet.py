@@ -209,7 +209,7 @@ def test_gradient_checkpointing_runs_each_block_and_attention_twice(checkpointin
     runs = Counter[object]()
     blocks = [m for m in net.unet.modules() if isinstance(m, ResnetBlock | ContextAttention)]
     for block in blocks:
-        block.register_forward_hook(lambda module, *_: runs.update([module]))
+        block.register_forward_pre_hook(lambda module, _: runs.update([module]))
     net(
         torch.ones(3, 3, 16, 16), torch.tensor([0, 500, 999]), net.prepare(make_cond(), Keep())
     ).square().sum().backward()

@@ -14,11 +14,10 @@ from importlib import import_module
 from pathlib import Path
 
 from unclip import artifact
-from unclip.artifact import MANIFEST, Manifest
+from unclip.artifact import MANIFEST, Manifest, refuse_half
 from unclip.errors import ArtifactError, ConfigError
 from unclip.interop.drafts import complete_or_not
 from unclip.interop.model_card import Card, card_of
-from unclip.loading import refuse_half
 
 PREFIX = "hf://"
 KINDS = ("clip", "prior", "decoder", "upsampler")

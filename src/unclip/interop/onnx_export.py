@@ -14,7 +14,6 @@ from unclip import artifact
 from unclip.errors import ArtifactError, ConfigError
 from unclip.interop.drafts import complete_or_not
 from unclip.interop.onnx_steps import Step, steps_of
-from unclip.loading import refuse_half
 
 log = logging.getLogger(__name__)
 TOLERANCE = 1e-4  # largest difference, relative to the largest output where that is above 1
@@ -37,7 +36,7 @@ def export_onnx(runs: Path, out: Path, *, programs: bool = False) -> dict[str, f
     with complete_or_not(out) as draft:
         for name, folder in _stages(runs).items():
             model, manifest = artifact.load(folder)
-            refuse_half(manifest, folder)
+            artifact.refuse_half(manifest, folder)
             for step in steps_of(name, model.float()):
                 log.info("exporting %s", step.name)
                 file = draft / f"{step.name}.onnx"
