@@ -17,23 +17,7 @@ cd "$(dirname "$0")/.."
 source scripts/probing.sh
 
 out=runs/busy minutes=60 num=20000 probe=128 settings=()
-while [[ ${1:-} == --* ]]; do
-  [[ $# -ge 2 ]] || fail "$1 needs a value"
-  case $1 in
-    --out) out=$2 ;;
-    --minutes) minutes=$2 ;;
-    --num) num=$2 ;;
-    --probe) probe=$2 ;;
-    --set) read -ra settings <<<"$2" ;;
-    *) fail "unknown option $1; the head of $0 lists them" ;;
-  esac
-  shift 2
-done
-[[ $# -eq 0 ]] || fail "unknown argument $1; the head of $0 lists the options"
-
-half=$(awk -v m="$minutes" 'BEGIN { printf "%.3f", m / 2 }')
-data=(data.path="$out/data")
-embedded=("${data[@]}" data.embeddings="$out/embeddings")
+read_options "$@"
 
 chain() { # FOLDER BASE SETTING...: the decoder, and the links that make the folder a chain
   mkdir -p "$out/$1"

@@ -15,23 +15,7 @@ cd "$(dirname "$0")/.."
 source scripts/probing.sh
 
 out=runs/words minutes=60 num=20000 probe=48 settings=()
-while [[ ${1:-} == --* ]]; do
-  [[ $# -ge 2 ]] || fail "$1 needs a value"
-  case $1 in
-    --out) out=$2 ;;
-    --minutes) minutes=$2 ;;
-    --num) num=$2 ;;
-    --probe) probe=$2 ;;
-    --set) read -ra settings <<<"$2" ;;
-    *) fail "unknown option $1; the head of $0 lists them" ;;
-  esac
-  shift 2
-done
-[[ $# -eq 0 ]] || fail "unknown argument $1; the head of $0 lists the options"
-
-half=$(awk -v m="$minutes" 'BEGIN { printf "%.3f", m / 2 }')
-data=(data.path="$out/data")
-embedded=("${data[@]}" data.embeddings="$out/embeddings")
+read_options "$@"
 
 train_decoder() { # NAME SETTING...
   run train-decoder run="$out/$1" "${embedded[@]}" experiment=busy64_decoder trainer.max_minutes="$minutes" "${@:2}" \

@@ -63,7 +63,7 @@ def measure_step(
         found = next(iter(tracker.get_tracker_snapshot("peak").values()))
         kinds = {kind.name if isinstance(kind, Enum) else kind: size for kind, size in found.items()}
         sizes = [p.numel() for p in model.parameters()]
-        resting = 0 if getattr(model, "last_net", None) is None else sum(p.numel() for p in model.net.parameters())
+        resting = sum(p.numel() for net in _resting(model) for p in net.parameters())
         units = [sum(p.numel() for p in unit.parameters()) for unit in _units(model)]
         return Step(
             parameters=sum(sizes),
@@ -139,8 +139,13 @@ def _units(model: Any) -> list[nn.Module]:
     from open_clip.transformer import ResidualAttentionBlock
 
     kinds = (TransformerBlock, ResnetBlock, ContextAttention, ResidualAttentionBlock)
-    resting = set() if getattr(model, "last_net", None) is None else set(model.net.modules())
+    resting = {module for net in _resting(model) for module in net.modules()}
     return [module for module in model.modules() if isinstance(module, kinds) and module not in resting]
+
+
+def _resting(model: Any) -> list[nn.Module]:
+    """The first of two nets, while the second is trained."""
+    return [] if getattr(model, "last_net", None) is None else [model.net]
 
 
 def on_devices(step: Step, devices: int, precision: Precision) -> dict[str, dict[str, int]]:
