@@ -271,11 +271,10 @@ def steps_below(limit: int, schedule: NoiseSchedule) -> int:
 
 
 class Handover:
-    """Two networks that share a run's steps: the second one takes those of the training steps below ``limit``."""
+    """Two networks that share a run's steps: the second one takes the ``last_steps``."""
 
-    def __init__(self, first: Branches, second: Branches, schedule: NoiseSchedule, limit: int) -> None:
-        self.first, self.second = first, second
-        self.last_steps = steps_below(limit, schedule)
+    def __init__(self, first: Branches, second: Branches, last_steps: int) -> None:
+        self.first, self.second, self.last_steps = first, second, last_steps
 
     def __call__(self, x_t: Tensor, step: int, guided: bool, /, *x0_last: Tensor) -> Tensor:
         branches = self.second if step < self.last_steps else self.first

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import Branches, Denoiser, GaussianDiffusion, Handover, NetBranches, Unfinished
+from unclip.diffusion.gaussian import (
+    Branches,
+    Denoiser,
+    GaussianDiffusion,
+    Handover,
+    NetBranches,
+    Unfinished,
+    steps_below,
+)
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, SamplerConfig, sample
@@ -247,7 +255,7 @@ class Decoder(nn.Module):
 
         branches: Branches = branches_of(self.net)
         if self.last_net is not None:
-            branches = Handover(branches, branches_of(self.last_net), schedule, self.cfg.limit)
+            branches = Handover(branches, branches_of(self.last_net), steps_below(self.cfg.limit, schedule))
         denoiser = self.diffusion.denoiser_of(branches, schedule, shape=shape, guidance=how.guidance)
         return Unfinished(denoiser, self.cfg.limit) if self.cfg.is_half else denoiser
 

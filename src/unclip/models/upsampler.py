@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unclip.data.batch import Batch
-from unclip.diffusion.gaussian import GaussianDiffusion
+from unclip.diffusion.gaussian import Branches, GaussianDiffusion, Handover
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep, Sampler, SamplerConfig, sample
 from unclip.diffusion.schedule import NoiseSchedule
@@ -192,7 +192,9 @@ class Upsampler(nn.Module):
         level = torch.full((len(low),), how.noise_level, device=low.device)
         low = resize(self._noised(low.float(), level, noise), size, clamp=not self.cfg.overshoot)
         schedule = how.sampler.levels_of(self.diffusion.schedule)
-        branches = _Branches(self, low, level, how, schedule)
+        branches: Branches = _Branches(self.net, low, level, how, schedule)
+        if self.last_net is not None:
+            branches = Handover(branches, _Branches(self.last_net, low, level, how, schedule), self.cfg.last_steps)
         denoiser = self.diffusion.denoiser_of(branches, schedule, shape=(3, *size), guidance=how.guidance)
         return sample(how.sampler, denoiser, noise, x_T=x_T, on_step=on_step).clamp(-1, 1)
 
@@ -227,23 +229,22 @@ class Upsampler(nn.Module):
 
 
 class _Branches:
-    """The nets of one sampling run: the second one in its steps, in tiles where the picture is larger than one."""
+    """One net of a sampling run, in tiles where the picture is larger than one."""
 
     def __init__(
-        self, model: Upsampler, low: Tensor, level: Tensor, how: UpsamplerSampling, schedule: NoiseSchedule
+        self, net: UpsamplerNet, low: Tensor, level: Tensor, how: UpsamplerSampling, schedule: NoiseSchedule
     ) -> None:
-        self.last_steps, self.how, self.schedule = model.cfg.last_steps, how, schedule
-        self.nets = [(net, net.prepare(low, level)) for net in (model.net, model.last_net) if net is not None]
+        self.net, self.how, self.schedule = net, how, schedule
+        self.context = net.prepare(low, level)
 
     def __call__(self, x_t: Tensor, step: int, guided: bool, /, *x0_last: Tensor) -> Tensor:
         self.schedule = self.schedule.to(x_t.device)
         timestep = self.schedule.timesteps[step].expand(len(x_t))
-        net, context = self.nets[-1] if step < self.last_steps else self.nets[0]
         height, width = x_t.shape[-2:]
         if self.how.tile is None or max(height, width) <= self.how.tile:
-            return net(x_t, timestep, context)
+            return self.net(x_t, timestep, self.context)
 
         def run(rows: slice, columns: slice) -> Tensor:
-            return net(x_t[:, :, rows, columns], timestep, context.cut(rows, columns))
+            return self.net(x_t[:, :, rows, columns], timestep, self.context.cut(rows, columns))
 
-        return in_tiles(net, run, (height, width), self.how.tile, self.how.tile_overlap)
+        return in_tiles(self.net, run, (height, width), self.how.tile, self.how.tile_overlap)
