@@ -1,5 +1,6 @@
 """`unclip plan`: its memory against what the allocator handed out, its FLOPs against a count by hand, and its refusals."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,24 @@ SMALL: dict[str, tuple[ModelConfig, Interface, OptimConfig, int]] = {
         OptimConfig(ema_decay=0.0),
         8,
     ),
+    "decoder's second net": (
+        DecoderConfig(
+            image_size=32,
+            net=UNetConfig([64, 128], 1, [1], head_dim=32),
+            conditioning=ConditioningConfig(context_dim=64),
+            split=0.3,
+            last_net=UNetConfig([32, 64], 1, [1], head_dim=32),
+        ),
+        INTERFACE,
+        OptimConfig(),
+        8,
+    ),
+    "upsampler's second net": (
+        UpsamplerConfig(low_size=16, image_size=32, net=UNetConfig([32, 64], 1, scale_shift=False), last_steps=1),
+        Interface(),
+        OptimConfig(),
+        8,
+    ),
 }
 
 
@@ -75,6 +94,21 @@ def test_memory_is_within_15_percent_of_what_the_allocator_handed_out(name: str)
     averages = bool(optim.ema_decay) + len(optim.ema_profiles)
     assert step.bytes["optimiser"] == pytest.approx(4 * step.trainable * (2 + averages), rel=0.01)
     assert step.bytes["parameters"] == pytest.approx(4 * step.parameters, rel=0.02)
+
+
+def test_a_first_net_at_rest_is_kept_but_not_trained_nor_gathered():
+    """A large one beside a small second net: the step is that of the small net alone, but for the memory of the weights."""
+    cfg, interface, optim, rows = SMALL["decoder's second net"]
+    assert isinstance(cfg, DecoderConfig) and cfg.last_net is not None
+    both = measure_step(cfg, interface, optim, Precision.bf16, rows)
+    alone = measure_step(replace(cfg, net=cfg.last_net, last_net=None), interface, optim, Precision.bf16, rows)
+    first = measure_step(replace(cfg, last_net=None), interface, optim, Precision.bf16, rows)
+    assert both.parameters == first.parameters + alone.parameters
+    assert both.trainable == alone.trainable
+    assert (both.largest_block, both.outside, both.flops) == (alone.largest_block, alone.outside, alone.flops)
+    added = {kind: size - alone.bytes[kind] for kind, size in both.bytes.items()}
+    assert added["parameters"] == pytest.approx(4 * first.parameters, rel=0.01)
+    assert added["gradients"] == added["optimiser"] == 0
 
 
 def test_flops_are_those_of_the_layers():

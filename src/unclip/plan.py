@@ -50,11 +50,14 @@ def measure_step(
         model = build(cfg, interface).train()
         optimizer = make_optimizer(model, optim)
         batch = example(cfg, interface, rows)
+        sizes = [p.numel() for p in model.parameters()]
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        resting = _take_resting(model)
         with FlopCounterMode(display=False) as counter:
             _backward(Losses(model), batch, precision)
         model.zero_grad(set_to_none=True)
         tracker = MemTracker()
-        tracker.track_external(model, optimizer, *[t for t in vars(batch).values() if isinstance(t, Tensor)])
+        tracker.track_external(model, *resting, optimizer, *[t for t in vars(batch).values() if isinstance(t, Tensor)])
         losses = Losses(model)
         with tracker:
             for _ in range(2):
@@ -62,12 +65,10 @@ def measure_step(
                 tracker.reset_mod_stats()  # it follows one forward of a module at a time; the peak stays
         found = next(iter(tracker.get_tracker_snapshot("peak").values()))
         kinds = {kind.name if isinstance(kind, Enum) else kind: size for kind, size in found.items()}
-        sizes = [p.numel() for p in model.parameters()]
-        resting = sum(p.numel() for net in _resting(model) for p in net.parameters())
         units = [sum(p.numel() for p in unit.parameters()) for unit in _units(model)]
         return Step(
             parameters=sum(sizes),
-            trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            trainable=trainable,
             flops=counter.get_total_flops() * (2 if optim.sam_rho else 1),
             bytes={
                 "parameters": kinds["PARAM"] + kinds["BUFFER"],
@@ -76,7 +77,7 @@ def measure_step(
                 "activations": kinds["ACT"] + kinds["TEMP"] + kinds["OTH"],
             },
             largest_block=max(units, default=0),
-            outside=sum(sizes) - resting - sum(units),
+            outside=sum(p.numel() for p in model.parameters()) - sum(units),
         )
 
 
@@ -134,18 +135,24 @@ def example(cfg: ModelConfig, interface: Interface, rows: int) -> Batch:
     )
 
 
+def _take_resting(model: Any) -> list[nn.Module]:
+    """Take out of the model what is there in a training step without a part in it: the first of two nets.
+
+    It only takes memory then. torch's tracker would ask for the gradients of all that stays within the model.
+    """
+    if getattr(model, "last_net", None) is None:
+        return []
+    net = model.net
+    del model.net
+    return [net]
+
+
 def _units(model: Any) -> list[nn.Module]:
-    """The blocks that fsdp2 gathers one by one in a training step, in which the first of two nets takes no part."""
+    """The blocks that fsdp2 gathers one by one in a training step."""
     from open_clip.transformer import ResidualAttentionBlock
 
     kinds = (TransformerBlock, ResnetBlock, ContextAttention, ResidualAttentionBlock)
-    resting = {module for net in _resting(model) for module in net.modules()}
-    return [module for module in model.modules() if isinstance(module, kinds) and module not in resting]
-
-
-def _resting(model: Any) -> list[nn.Module]:
-    """The first of two nets, while the second is trained."""
-    return [] if getattr(model, "last_net", None) is None else [model.net]
+    return [module for module in model.modules() if isinstance(module, kinds)]
 
 
 def on_devices(step: Step, devices: int, precision: Precision) -> dict[str, dict[str, int]]:
