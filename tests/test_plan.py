@@ -99,7 +99,8 @@ def test_memory_is_within_15_percent_of_what_the_allocator_handed_out(name: str)
 def test_a_first_net_at_rest_is_kept_but_not_trained_nor_gathered():
     """A large one beside a small second net: the step is that of the small net alone, but for the memory of the weights."""
     cfg, interface, optim, rows = SMALL["decoder's second net"]
-    assert isinstance(cfg, DecoderConfig) and cfg.last_net is not None
+    assert isinstance(cfg, DecoderConfig)
+    assert cfg.last_net is not None
     both = measure_step(cfg, interface, optim, Precision.bf16, rows)
     alone = measure_step(replace(cfg, net=cfg.last_net, last_net=None), interface, optim, Precision.bf16, rows)
     first = measure_step(replace(cfg, last_net=None), interface, optim, Precision.bf16, rows)

@@ -1,5 +1,6 @@
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -77,11 +78,13 @@ def test_zero_terminal_snr_samples_the_data_too(name, predict, exact_net, means)
 
 
 @pytest.mark.parametrize("num_steps", [3, 10, 64])
-@pytest.mark.parametrize("eta", [0.0, 1.0, None])
-def test_few_steps_have_the_spread_that_their_updates_imply(num_steps, eta):
+@pytest.mark.parametrize(
+    ("eta", "temperature"), [(0.0, 1.0), (1.0, 1.0), (None, 1.0), (0.5, 0.6), (None, 0.6), (None, 0.0)]
+)
+def test_few_steps_have_the_spread_that_their_updates_imply(num_steps, eta, temperature):
     """Every update is linear in x_t, so mean and variance follow a recursion: here from alpha and sigma alone.
 
-    eta None is ancestral sampling, which must agree with eta = 1.
+    eta None is ancestral sampling, which must agree with eta = 1. The temperature scales what is new in a step.
     """
     schedule = GaussianDiffusion(DiffusionConfig()).schedule.respaced(num_steps)
     mean, var = 0.0, 1.0
@@ -94,9 +97,10 @@ def test_few_steps_have_the_spread_that_their_updates_imply(num_steps, eta):
         keep = math.sqrt(s_to**2 - fresh**2) / s
         slope = a_to * gain + keep * (1 - a * gain)
         mean = slope * mean + (a_to - keep * a) * shift
-        var = slope**2 * var + fresh**2
+        var = slope**2 * var + (temperature * fresh) ** 2
     noise, denoiser = Noise(range(4000)), GaussianDenoiser(schedule)
-    x = ancestral(denoiser, noise) if eta is None else ddim(denoiser, noise, eta=eta)
+    cfg = SamplerConfig(num_steps=num_steps, temperature=temperature)
+    x = sample(cfg if eta is None else replace(cfg, name=Sampler.ddim, eta=eta), denoiser, noise)
     error = math.sqrt(var / x.numel())
     assert abs(x.mean() - mean) < 4 * error + 1e-5
     assert abs(x.std() - math.sqrt(var)) < 4 * error + 1e-5
@@ -278,6 +282,12 @@ def test_options_without_effect_are_refused():
         SamplerConfig(Sampler.ddim, 10, eta=2.0)
     with pytest.raises(ValueError, match="at least 1"):
         SamplerConfig(num_steps=0)
+    for name in (Sampler.ddim, Sampler.dpmpp_2m, Sampler.unipc, Sampler.heun):
+        with pytest.raises(ValueError, match=f"{name.name} adds no noise"):
+            SamplerConfig(name, 10, temperature=0.5)
+    for temperature in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"temperature is .*; it must lie in \[0, 1\]"):
+            SamplerConfig(num_steps=10, temperature=temperature)
     denoiser = GaussianDenoiser(GaussianDiffusion(DiffusionConfig()).schedule.respaced(6))
     with pytest.raises(ValueError, match=r"num_steps=cfg\.num_levels"):
         sample(SamplerConfig(num_steps=7), denoiser, Noise([0]))

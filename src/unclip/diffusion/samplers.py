@@ -41,6 +41,9 @@ class SamplerConfig:
     """Evaluations of the network; guidance makes one of its two halves. heun visits half as many noise levels."""
     eta: float | None = None
     """ddim only: 0 (the default) is deterministic, 1 has the noise of ancestral sampling."""
+    temperature: float = 1.0
+    """What the noise of every step is multiplied by. Below 1 samples are smoother and closer to what the network expects, and
+    vary less; 0 takes each step's mean. For samplers that add noise."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
@@ -49,6 +52,17 @@ class SamplerConfig:
             raise ValueError("sampler.eta applies to ddim only: remove it, or set sampler.name=ddim")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise ValueError(f"sampler.eta is {self.eta}; it must lie in [0, 1]")
+        if not 0 <= self.temperature <= 1:
+            raise ValueError(f"sampler.temperature is {self.temperature}; it must lie in [0, 1]")
+        if self.temperature < 1 and not self.adds_noise:
+            raise ValueError(
+                f"sampler.temperature is {self.temperature}, but {self.name.name} adds no noise: leave it at 1, or set "
+                "sampler.name=ancestral"
+            )
+
+    @property
+    def adds_noise(self) -> bool:
+        return self.name in (Sampler.ancestral, Sampler.analytic, Sampler.karlo) or bool(self.eta)
 
     @property
     def num_levels(self) -> int:
@@ -77,9 +91,9 @@ def sample(
         denoiser = _Reporting(denoiser, cfg.num_steps, on_step)
     match cfg.name:
         case Sampler.ancestral | Sampler.analytic | Sampler.karlo:
-            return ancestral(denoiser, noise, x_T=x_T)
+            return ancestral(denoiser, noise, x_T=x_T, temperature=cfg.temperature)
         case Sampler.ddim:
-            return ddim(denoiser, noise, eta=cfg.eta or 0.0, x_T=x_T)
+            return ddim(denoiser, noise, eta=cfg.eta or 0.0, x_T=x_T, temperature=cfg.temperature)
         case Sampler.dpmpp_2m:
             return dpmpp_2m(denoiser, noise, x_T=x_T)
         case Sampler.unipc:
@@ -104,8 +118,8 @@ class _Reporting:
 
 
 @torch.no_grad()
-def ancestral(denoiser: Denoiser, noise: Noise, *, x_T: Tensor | None = None) -> Tensor:
-    """x_{t-1} from N(posterior mean at the predicted x0, variance) (Ho et al. 2020, algorithm 2).
+def ancestral(denoiser: Denoiser, noise: Noise, *, x_T: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+    """x_{t-1} from N(posterior mean at the predicted x0, temperature² variance) (Ho et al. 2020, algorithm 2).
 
     The variance is the denoiser's own (learned or analytic) where it has one, else the smaller bound beta~ (eq. 7).
     """
@@ -117,13 +131,15 @@ def ancestral(denoiser: Denoiser, noise: Noise, *, x_T: Tensor | None = None) ->
         log_var = posterior.log_var if prediction.log_var is None else prediction.log_var
         x_t = posterior.mean
         if step > 0:
-            x_t = x_t + (0.5 * log_var).exp() * noise.normal(denoiser.shape, f"step {step}")
+            x_t = x_t + temperature * (0.5 * log_var).exp() * noise.normal(denoiser.shape, f"step {step}")
     return x_t
 
 
 @torch.no_grad()
-def ddim(denoiser: Denoiser, noise: Noise, *, eta: float = 0.0, x_T: Tensor | None = None) -> Tensor:
-    """x_{t-1} = alpha' x0 + sqrt(sigma'² - s²) eps + s z, where s = eta sqrt(beta~) (Song et al. 2021, eq. 12, 16)."""
+def ddim(
+    denoiser: Denoiser, noise: Noise, *, eta: float = 0.0, x_T: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """x_{t-1} = alpha' x0 + sqrt(sigma'² - s²) eps + temperature s z, s = eta sqrt(beta~) (Song et al. 2021, eq. 12, 16)."""
     x_t, schedule = _start(denoiser, noise, x_T)
     prediction: Prediction | None = None
     for step in reversed(range(len(schedule))):
@@ -133,7 +149,7 @@ def ddim(denoiser: Denoiser, noise: Noise, *, eta: float = 0.0, x_T: Tensor | No
         var = eta**2 * schedule.posterior_var[step]
         x_t = schedule.alpha_prev[step] * x0 + (schedule.sigma_prev[step] ** 2 - var).clamp(min=0).sqrt() * eps
         if eta > 0 and step > 0:
-            x_t = x_t + var.sqrt() * noise.normal(denoiser.shape, f"step {step}")
+            x_t = x_t + temperature * var.sqrt() * noise.normal(denoiser.shape, f"step {step}")
     return x_t
 
 
