@@ -30,7 +30,8 @@ from unclip.pipeline import UnCLIP
 
 PREDICTED = {"eps": "cosine", "x0": "cosine", "v": "cosine", "flow": "flow"}  # and the schedule that it is trained on
 WEIGHTINGS = ["simple", "min_snr", "clamped_snr", "p2"]
-SAMPLERS = [Sampler.ddim, Sampler.dpmpp_2m, Sampler.unipc, Sampler.heun, Sampler.ancestral]
+SAMPLERS = {name.name: (name, 1.0) for name in (Sampler.ddim, Sampler.dpmpp_2m, Sampler.unipc, Sampler.heun)}
+SAMPLERS |= {f"ancestral, temperature {x}": (Sampler.ancestral, x) for x in (1.0, 0.3, 0.0)}
 STEPS = [4, 8, 16, 32, 64]
 SCALES = [1.0, 1.5, 2.5, 4.0]
 INTERVALS = {"everywhere": None, "but the noisiest quarter": (0.0, 0.75), "the middle half": (0.25, 0.75)}
@@ -63,7 +64,8 @@ def main() -> None:
     def measured(decoder: str, how: DiffusionSampling) -> float:
         guidance = how.guidance
         where = "everywhere" if guidance.interval is None else f"in {guidance.interval}"
-        label = f"{decoder}, {how.sampler.name.name} {how.sampler.num_steps}, guidance {guidance.scale} {where}"
+        sampler = f"{how.sampler.name.name} {how.sampler.num_steps}, temperature {how.sampler.temperature}"
+        label = f"{decoder}, {sampler}, guidance {guidance.scale} {where}"
         file = choice.out / "kid" / f"{label}.json"
         if not file.exists():
             mean, error = drawing.kid(cells[decoder], how)
@@ -76,8 +78,8 @@ def main() -> None:
     kids = {name: measured(name, DiffusionSampling(CHOSEN, guided)) for name in cells}
     best = min(kids, key=lambda name: kids[name])
     steps = {
-        (sampler, n): measured(best, DiffusionSampling(SamplerConfig(sampler, n), guided))
-        for sampler in SAMPLERS
+        (label, n): measured(best, DiffusionSampling(SamplerConfig(sampler, n, temperature=temperature), guided))
+        for label, (sampler, temperature) in SAMPLERS.items()
         for n in STEPS
     }
     scales = {
@@ -128,15 +130,15 @@ def weightings_table(found: dict[str, float]) -> str:
     return table(rows)
 
 
-def steps_table(best: str, found: dict[tuple[Sampler, int], float]) -> str:
+def steps_table(best: str, found: dict[tuple[str, int], float]) -> str:
     """With the smallest number of evaluations within 5 % of the best of all in bold."""
     enough = 1.05 * min(found.values())
     fewest = min(n for (_, n), value in found.items() if value <= enough)
     rows = [[f"{best}, sampler", *map(str, STEPS)]]
-    for sampler in SAMPLERS:
-        values = {n: found[sampler, n] for n in STEPS}
+    for label in SAMPLERS:
+        values = {n: found[label, n] for n in STEPS}
         rows.append(
-            [sampler.name, *(f"**{v:.0f}**" if n == fewest and v <= enough else f"{v:.0f}" for n, v in values.items())]
+            [label, *(f"**{v:.0f}**" if n == fewest and v <= enough else f"{v:.0f}" for n, v in values.items())]
         )
     return table(rows)
 

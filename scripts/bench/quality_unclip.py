@@ -101,7 +101,7 @@ class UnclipPrior(Unclip):
 
 
 class UnclipDecoder(Unclip):
-    """``sample``: DPM-Solver++ 2M with guidance."""
+    """``sample``: ancestral at a low temperature, with guidance."""
 
     def build(self, facts: dict[str, Any], shape: dict[str, Any]) -> nn.Module:
         net = UNetConfig(
@@ -137,7 +137,7 @@ class UnclipDecoder(Unclip):
         return Batch(position=positions, image=image, image_emb=image_emb)
 
     def sample(self, rows: Rows, chosen: np.ndarray, how: dict[str, Any]) -> Tensor:
-        sampling = DiffusionSampling(SamplerConfig(Sampler.dpmpp_2m, how["steps"]), Guidance(how["guidance"]))
+        sampling = DiffusionSampling(SamplerConfig(num_steps=how["steps"], temperature=0.3), Guidance(how["guidance"]))
         (image_emb,) = rows.take(chosen, "image_emb")
         noise = Noise(chosen.tolist(), rows.device)
         return to_uint8(self.model.sample(Cond(image_emb=image_emb), sampling, noise))
