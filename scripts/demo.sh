@@ -14,7 +14,8 @@ train_prior_and_upsampler() {
   run train-upsampler run="$runs/upsampler" data.path="$runs/data" experiment=demo_upsampler trainer.max_minutes="$(share 0.25)"
 }
 
-run unclip data shapes --out "$runs/data" --num 20000 --size 64 --seed 0
+# the split that is written last
+[[ -e $runs/data/verdict/index.json ]] || run unclip data shapes --out "$runs/data" --num 20000 --size 64 --seed 0
 run train-clip run="$runs/clip" data.path="$runs/data" experiment=demo_clip trainer.max_minutes="$(share 0.195)"
 run unclip-embed run="$runs/embeddings" clip="$runs/clip" data="$runs/data" precision=bf16 \
   "columns=[image_emb,text_emb,tokens,text_seq]"

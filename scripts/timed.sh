@@ -2,6 +2,7 @@
 [[ $minutes =~ ^[0-9]*[.]?[0-9]+$ ]] || { printf 'error: %s is not a number of minutes\n' "$minutes" >&2; exit 2; }
 started=$SECONDS
 mkdir -p "$runs"
+[[ -e $runs/timings.jsonl ]] && printf 'Going on in %s with what an earlier call has finished there; times are of this call only.\n' "$runs"
 : >"$runs/timings.jsonl"
 
 share() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%.3f", m * s }'; } # of the minutes in all

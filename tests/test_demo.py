@@ -39,6 +39,13 @@ def test_the_demo_ends_with_a_verdict_and_a_report(tmp_path: Path):
     names += ["unclip generate", "unclip verdict"]
     assert len(commands) == len(names)
     assert all(any(command.startswith(name) for command in commands) for name in names)
+    finished = {path: path.stat().st_mtime_ns for path in runs.rglob("artifact/manifest.json")}
+    shutil.rmtree(runs / "decoder")  # as if it had been stopped in there
+    again = script("demo.sh", "0.3", str(runs))
+    assert again.startswith(f"Going on in {runs} with what an earlier call has finished there")
+    assert {p for p, changed in finished.items() if p.stat().st_mtime_ns != changed} == {
+        runs / "decoder/artifact/manifest.json"
+    }
     page = (runs / "report.html").read_text()
     assert page.count("data:image/png;base64,") > 1
     assert "The oracle's verdict" in page

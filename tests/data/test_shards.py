@@ -10,7 +10,9 @@ import webdataset
 from picture_sets import write_tar
 from PIL import Image
 
+from unclip.data.remote import Remote
 from unclip.data.shards import Shards, ShardWriter, build_index
+from unclip.data.stream import samples_of
 from unclip.data.transforms import load_image
 from unclip.errors import DataError
 
@@ -196,3 +198,15 @@ def test_members_whose_path_leaves_the_archive_are_left_out(tmp_path: Path) -> N
     assert Shards(tmp_path).keys == ["good"]
     assert len(report.bad) == 3
     assert set(report.bad.values()) == {"its path leaves the archive"}
+
+
+def test_names_that_are_not_utf_8_are_spelt_out(tmp_path: Path) -> None:
+    latin = "caf\udce9"  # as tarfile reads and writes b"caf\xe9"
+    content = {"png": encoded((1, 2, 3)), "txt": b"coffee"}
+    write_tar(tmp_path / "a.tar", {f"{latin}.{kind}": member for kind, member in content.items()})
+    assert b"caf\xe9.png" in (tmp_path / "a.tar").read_bytes()
+    assert not build_index(tmp_path).bad
+    (sample,) = Shards(tmp_path).spread(1)
+    assert (sample.key, sample.caption) == (r"caf\udce9", "coffee")
+    (streamed,) = samples_of(str(tmp_path / "a.tar"), Remote(0.0))
+    assert (streamed.key, streamed.caption, streamed.image) == (sample.key, sample.caption, sample.image)

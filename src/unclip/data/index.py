@@ -45,6 +45,13 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
+def key_and_kind(name: str) -> tuple[str, str]:
+    """Whose file a tar member is and of what type. What is not UTF-8, which tarfile reads as lone surrogates, is spelt out."""
+    folder, _, name = name.encode("utf-8", "backslashreplace").decode().rpartition("/")
+    stem, _, kind = name.partition(".")
+    return f"{folder}/{stem}" if folder else stem, kind.lower()
+
+
 def scan_shard(
     path: Path,
     check: Callable[[bytes], object] | None = None,
@@ -62,11 +69,9 @@ def scan_shard(
     try:
         with tarfile.open(path, "r:") as tar:
             for info in tar:
-                folder, _, name = info.name.rpartition("/")
-                stem, _, kind = name.partition(".")
-                if info.isfile() and kind.lower() in MEMBER_TYPES:
-                    key = f"{folder}/{stem}" if folder else stem
-                    members.setdefault(key, {})[kind.lower()] = (info.offset_data, info.size)
+                key, kind = key_and_kind(info.name)
+                if info.isfile() and kind in MEMBER_TYPES:
+                    members.setdefault(key, {})[kind] = (info.offset_data, info.size)
             end = tar.offset  # where tarfile found no further member: it takes damage for an archive's end
         with path.open("rb") as file:
             if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):

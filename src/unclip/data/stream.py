@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from unclip.data.ahead import PREFETCH, prefetched
 from unclip.data.batch import Batch
-from unclip.data.index import IMAGE_TYPES, MEMBER_TYPES
+from unclip.data.index import IMAGE_TYPES, MEMBER_TYPES, key_and_kind
 from unclip.data.order import seeded_bits, seeded_permutation, share
 from unclip.data.pictures import stacked
 from unclip.data.remote import PIPE, Command, Remote, is_url
@@ -129,17 +129,15 @@ def _grouped(tar: tarfile.TarFile, location: str) -> Iterator[Sample]:
     """Samples from members that stand side by side."""
     key, members = "", dict[str, bytes]()
     for info in tar:
-        folder, _, name = info.name.rpartition("/")
-        stem, _, kind = name.partition(".")
-        if not info.isfile() or kind.lower() not in MEMBER_TYPES:
+        own, kind = key_and_kind(info.name)
+        if not info.isfile() or kind not in MEMBER_TYPES:
             continue
-        own = f"{folder}/{stem}" if folder else stem
         if own != key:
             yield from _sample(key, members, location)
             key, members = own, {}
         file = tar.extractfile(info)
         assert file is not None
-        members[kind.lower()] = file.read()
+        members[kind] = file.read()
     yield from _sample(key, members, location)
 
 
