@@ -42,8 +42,8 @@ class SamplerConfig:
     eta: float | None = None
     """ddim only: 0 (the default) is deterministic, 1 has the noise of ancestral sampling."""
     temperature: float = 1.0
-    """What the noise of every step is multiplied by. Below 1 samples are smoother and closer to what the network expects, and
-    vary less; 0 takes each step's mean. For samplers that add noise."""
+    """What the noise of every step is multiplied by, for samplers that add some. Below 1 samples are smoother and vary less; 0
+    takes each step's mean."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:

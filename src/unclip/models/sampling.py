@@ -41,14 +41,15 @@ def changed(
     scale: float | None = None,
     sampler: Sampler | None = None,
 ) -> D:
-    """``how`` with other steps, another guidance scale or another sampler; None keeps its own.
+    """``how`` with other steps, another guidance scale or another sampler, which starts from its own defaults; None keeps
+    its own.
 
     Raises :class:`ConfigError`, which names the ``stage``, for settings that contradict each other and for a sampler that
     would visit more levels than the ``longest`` timesteps that the stage was trained with.
     """
     try:
         if sampler is not None and sampler is not how.sampler.name:
-            how = replace(how, sampler=replace(how.sampler, name=sampler, eta=None))
+            how = replace(how, sampler=replace(how.sampler, name=sampler, eta=None, temperature=1.0))
         if steps is not None:
             how = replace(how, sampler=replace(how.sampler, num_steps=steps))
         if scale is not None:
