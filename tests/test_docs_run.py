@@ -74,7 +74,7 @@ SMALL = {
     "train-prior sweep=prior_lr_dropout": [*TINY["prior"], "hydra.sweeper.num_trials=2"],
     "train-prior": TINY["prior"],
     "train-decoder sweep=grid": [setting for setting in TINY["decoder"] if not setting.startswith("optim.lr=")],
-    "train-decoder": TINY["decoder"],
+    "train-decoder": [*TINY["decoder"], "model.sampling.sampler.temperature=1"],  # its ddim adds no noise
     "train-upsampler": [*TINY["upsampler"], "model.diffusion.predict=x0", "data.image_size=32"],
     "unclip vary": ["--decoder-steps", "2"],
     "unclip interpolate": ["--decoder-steps", "2"],

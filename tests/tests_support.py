@@ -20,7 +20,7 @@ TINY = {
     "clip": [
         *_SHORT,
         *("model.image_size=16", "model.patch_size=8", "model.embed_dim=16", "data.image_size=16"),
-        *("model.vision_width=32", "model.vision_layers=1", "model.vision_heads=2"),
+        *("model.vision_width=32", "model.vision_layers=1", "model.vision_heads=2", "model.vision_blocks=null"),
         *("model.text_width=32", "model.text_layers=1", "model.text_heads=2"),
     ],
     "prior": [

@@ -56,6 +56,30 @@ def test_embeddings_are_open_clips(clip: CLIP, plain: open_clip.CLIP) -> None:
     assert text_seq.shape == (3, 16, 32)
 
 
+def test_a_resnet_is_open_clips() -> None:
+    torch.manual_seed(0)
+    small = {"embed_dim": 24, "image_size": 32, "vision_width": 4, "text_width": 32, "text_layers": 1, "text_heads": 2}
+    clip = CLIP(CLIPConfig(**small, vision_blocks=[1, 2, 1, 1]))  # type: ignore[arg-type]
+    vision = {"image_size": 32, "width": 4, "layers": [1, 2, 1, 1], "head_width": 64}
+    plain = open_clip.CLIP(
+        embed_dim=24, vision_cfg=vision, text_cfg={"width": 32, "layers": 1, "heads": 2, "context_length": 32}
+    )
+    image = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+    batch = Batch(key=[""] * 8, caption=[""] * 8, image=image, tokens=clip.tokenize([str(i) for i in range(8)]))
+    for _ in range(3):
+        clip.losses(batch)["contrastive"].backward()
+    gradients = [p.grad for p in clip.model.visual.parameters()]
+    assert all(g is not None and g.isfinite().all() for g in gradients)
+    plain.load_state_dict(clip.model.state_dict(), strict=True)
+    assert plain.visual.bn1.running_mean.abs().min() > 0  # of the three batches
+    x = (image / 255 - clip.mean) / clip.std
+    with torch.no_grad():
+        z_i = clip.eval().encode_image(image)
+        assert_close(z_i, plain.eval().encode_image(x), atol=1e-5, rtol=1e-5)
+        assert_close(clip.encode_image(image[:2]), z_i[:2], atol=1e-5, rtol=1e-5)  # no statistics of the batch
+    assert z_i.shape == (8, 24)
+
+
 @torch.no_grad()
 def test_cut_captions_give_the_same(clip: CLIP) -> None:
     tokens = clip.tokenize(CAPTIONS)
@@ -164,7 +188,12 @@ def test_openai_weights_get_quick_gelu() -> None:
         ({"name": "ViT-B-16-SigLIP"}, "another text tower"),
         ({"name": "ViT-B-32", "patch_size": 16}, "patch_size has no effect"),
         ({"image_size": 33}, "not a multiple"),
-        ({"text_width": 100}, "multiples of their numbers of heads"),
+        ({"text_width": 100}, "text_width=100 is not a multiple of its text_heads=3"),
+        ({"vision_width": 100}, "vision_width=100 is not a multiple of its vision_heads=3"),
+        ({"vision_blocks": [1, 1]}, "blocks of four stages"),
+        ({"vision_blocks": [1, 1, 0, 1]}, "blocks of four stages"),
+        ({"vision_blocks": [1, 1, 1, 1], "image_size": 48}, "a multiple of 32"),
+        ({"vision_blocks": [1, 1, 1, 1], "vision_width": 15, "image_size": 64}, "an even vision_width"),
         ({"pretrained": "openai"}, "neither a file nor a tag"),
     ],
 )

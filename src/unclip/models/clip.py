@@ -20,6 +20,7 @@ from unclip.models.contrastive import Contrast, contrastive_loss, of_all_ranks, 
 from unclip.models.interface import Interface, ModelConfig
 
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
+RESNET_STRIDE, RESNET_HEAD_WIDTH = 32, 64  # of RN50
 
 
 @dataclass
@@ -37,6 +38,10 @@ class CLIPConfig(ModelConfig):
     one block each, at last the input embeddings. ``lora_rank`` > 0 trains low-rank additions to the blocks' matrices (and the
     temperature) instead of the weights; the artifact holds the sum. ``gradient_checkpointing`` computes activations twice
     to hold fewer. ``text_only``: without the picture tower, which an imported text-to-image pipeline lacks.
+
+    ``vision_blocks``: in place of a vision transformer CLIP's ResNet with attention pooling (Radford et al. 2021, sec. 2.4), so
+    many blocks in each of its four stages ([3, 4, 6, 3] is RN50's) and ``vision_width`` channels to begin with; ``patch_size``,
+    ``vision_layers`` and ``vision_heads`` do not apply then. On a few thousand pictures it learns more from each.
     """
 
     name: str = ""
@@ -57,6 +62,7 @@ class CLIPConfig(ModelConfig):
     vision_width: int = 192
     vision_layers: int = 4
     vision_heads: int = 3
+    vision_blocks: list[int] | None = None
     text_width: int = 192
     text_layers: int = 3
     text_heads: int = 3
@@ -74,10 +80,30 @@ class CLIPConfig(ModelConfig):
             changed = [key for key in small if getattr(self, key) != CLIPConfig.__dataclass_fields__[key].default]
             if changed:
                 raise ConfigError(f"model.{changed[0]} has no effect with model.name={self.name}; remove one of them")
+        else:
+            self._check_small()
+
+    def _check_small(self) -> None:
+        if self.text_width % self.text_heads:
+            raise ConfigError(
+                f"model.text_width={self.text_width} is not a multiple of its text_heads={self.text_heads}"
+            )
+        if self.vision_blocks is not None:
+            if len(self.vision_blocks) != 4 or min(self.vision_blocks) < 1:
+                raise ConfigError(
+                    f"model.vision_blocks={self.vision_blocks}: give the blocks of four stages, as [1,1,1,1]"
+                )
+            if self.image_size % RESNET_STRIDE or self.vision_width % 2:
+                raise ConfigError(
+                    f"a ResNet (model.vision_blocks) reads pictures whose side is a multiple of {RESNET_STRIDE} and has an even "
+                    f"vision_width, not {self.image_size} and {self.vision_width}"
+                )
         elif self.image_size % self.patch_size:
             raise ConfigError(f"model.image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
-        elif self.vision_width % self.vision_heads or self.text_width % self.text_heads:
-            raise ConfigError("model.vision_width and model.text_width must be multiples of their numbers of heads")
+        elif self.vision_width % self.vision_heads:
+            raise ConfigError(
+                f"model.vision_width={self.vision_width} is not a multiple of its vision_heads={self.vision_heads}"
+            )
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -312,6 +338,8 @@ class Tokenizer:
 
 
 def _small(config: CLIPConfig) -> dict[str, Any]:
+    blocks = config.vision_blocks
+    head_width = config.vision_width // config.vision_heads
     return {
         "embed_dim": config.embed_dim,
         "quick_gelu": bool(config.quick_gelu),
@@ -319,8 +347,8 @@ def _small(config: CLIPConfig) -> dict[str, Any]:
             "image_size": config.image_size,
             "patch_size": config.patch_size,
             "width": config.vision_width,
-            "layers": config.vision_layers,
-            "head_width": config.vision_width // config.vision_heads,
+            "layers": config.vision_layers if blocks is None else blocks,
+            "head_width": head_width if blocks is None else RESNET_HEAD_WIDTH,
         },
         "text_cfg": {
             "context_length": config.context_length,
