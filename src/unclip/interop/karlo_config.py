@@ -281,6 +281,7 @@ def decoder_components(cfg: DecoderConfig, interface: Interface) -> tuple[dict[s
         ("model.diffusion.learned_variance=true", cfg.diffusion.learned_variance),
         ("model.net.patch=1", net.patch == 1),
         ("model.split=0", cfg.split == 0),
+        ("model.conditioning.sketch.size=0", not conditioning.sketch.size),
         ("a CLIP whose token states are as wide as its embeddings", interface.text_width == interface.embed_dim),
         ("another model.conditioning.num_image_tokens, since diffusers takes as many context tokens as pixels for "
          "none", tokens not in [side**2 for side in sides]),

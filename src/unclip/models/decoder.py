@@ -26,10 +26,10 @@ from unclip.diffusion.settings import DiffusionConfig, Timesteps, Weighting
 from unclip.errors import ConfigError
 from unclip.models.inputs import text_side
 from unclip.models.interface import Interface, ModelConfig
-from unclip.models.pictures import training_pictures
+from unclip.models.pictures import resize, training_pictures
 from unclip.models.sampling import DiffusionSampling
 from unclip.models.second_net import take_first
-from unclip.nets.conditioned import ConditioningConfig, DecoderNet, DecoderText
+from unclip.nets.conditioned import ConditioningConfig, DecoderNet, DecoderText, SketchConfig
 from unclip.nets.layers import ClipWidths, Cond, Keep, NullText
 from unclip.nets.unet import UNetConfig, UNetContext
 
@@ -131,7 +131,8 @@ class DecoderConfig(ModelConfig):
         """What two decoders share of which one's net may take over from the other's."""
         net = replace(self.net, dropout=0.0, gradient_checkpointing=False)
         transformer = replace(self.conditioning.transformer, gradient_checkpointing=False)
-        conditioning = replace(self.conditioning, transformer=transformer)
+        sketch = replace(self.conditioning.sketch, dropout=0.0)
+        conditioning = replace(self.conditioning, transformer=transformer, sketch=sketch)
         embedding = self.embedding, self.embedding_norm, self.embedding_scale
         # how each net learns is its own affair
         diffusion = replace(self.diffusion, weighting=Weighting.simple, snr_limit=5.0, timesteps=Timesteps.uniform)
@@ -161,7 +162,8 @@ class Decoder(nn.Module):
         self.net = DecoderNet(cfg.net, cfg.conditioning, widths, out_channels)
         self.last_net: DecoderNet | None = None
         if cfg.last_net is not None:
-            self.last_net = DecoderNet(cfg.last_net, cfg.conditioning, widths, out_channels)
+            conditioning = replace(cfg.conditioning, sketch=SketchConfig())  # x_t itself shows more than a sketch
+            self.last_net = DecoderNet(cfg.last_net, conditioning, widths, out_channels)
             self.net.requires_grad_(False)
             self.last_diffusion = GaussianDiffusion(cfg.diffusion, range(cfg.limit))
 
@@ -211,7 +213,11 @@ class Decoder(nn.Module):
         )
         if self.last_net is not None:
             return self.last_diffusion.losses(self.last_net, pictures, self.prepare(cond, keep, self.last_net), noise)
-        return self.diffusion.losses(self.net, pictures, self.prepare(cond, keep), noise)
+        context = self.prepare(cond, keep)
+        terms = self.diffusion.losses(self.net, pictures, context, noise)
+        if context.sketch is not None:
+            terms["sketch"] = F.mse_loss(context.sketch.float(), resize(pictures, self.cfg.conditioning.sketch.size))
+        return terms
 
     @torch.no_grad()
     def sample(

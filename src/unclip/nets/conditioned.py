@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.nets.empty_caption import add_empty_caption, set_empty_caption, with_empty_captions
-from unclip.nets.layers import ClipWidths, Cond, Keep, Null, NullText, TimestepEmbedding, keep_rows
+from unclip.nets.layers import ClipWidths, Cond, Keep, Null, NullText, TimestepEmbedding, keep_rows, zero_init
 from unclip.nets.transformer import TextTransformer, TextTransformerConfig
 from unclip.nets.unet import UNet, UNetConfig, UNetContext
 
@@ -33,13 +34,33 @@ class DecoderText(Enum):
 
 
 @dataclass
+class SketchConfig:
+    """A small picture drawn from the condition alone: its mean picture, as a perceptron learns it from a loss of its own.
+
+    ``size``: its side in pixels, 0 for none; ``width`` of the perceptron. The U-Net sees it beside the noised picture. A U-Net
+    takes long to turn a vector into outlines, since its layers work alike everywhere; a perceptron needs minutes. Not in the paper.
+    """
+
+    size: int = 0
+    width: int = 256
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.size < 0 or self.width < 1 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"a sketch of size={self.size}, width={self.width}, dropout={self.dropout}: a size is at least 0, a width at "
+                "least 1, a dropout in [0, 1)"
+            )
+
+
+@dataclass
 class ConditioningConfig:
     """What the decoder sees beside the noised picture.
 
     ``image``: z_i, added to the timestep embedding and as ``num_image_tokens`` context tokens (paper §2.1).
     ``text``: the caption path. ``text_emb``: z_t, added to the timestep embedding (Karlo; not in the paper).
     ``context_dim``: width of a context token. ``null_image`` and ``null_text``: what stands for a dropped z_i and for a
-    dropped caption.
+    dropped caption. ``sketch``: a picture made of all these, see :class:`SketchConfig`.
     """
 
     image: bool = True
@@ -50,6 +71,7 @@ class ConditioningConfig:
     null_image: Null = Null.zero
     null_text: NullText = NullText.zero
     transformer: TextTransformerConfig = field(default_factory=TextTransformerConfig)
+    sketch: SketchConfig = field(default_factory=SketchConfig)
 
     def __post_init__(self) -> None:
         if not self.image and self.text is DecoderText.none and not self.text_emb:
@@ -186,20 +208,49 @@ class TextProj(nn.Module):
         return None, None, None
 
 
+class Sketch(nn.Module):
+    """The condition as one vector (B, width) to a picture (B, 3, size, size)."""
+
+    def __init__(self, cfg: SketchConfig):
+        super().__init__()
+        self.size = cfg.size
+        self.hidden = nn.Linear(cfg.width, cfg.width)
+        self.out = zero_init(nn.Linear(cfg.width, 3 * cfg.size**2))
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, emb: Tensor) -> Tensor:
+        h = self.dropout(F.silu(self.hidden(self.dropout(F.silu(emb)))))
+        return self.out(h).unflatten(1, (3, self.size, self.size))
+
+
 class DecoderNet(nn.Module):
-    """The decoder's network: ``text_proj`` prepares the condition, ``unet`` denoises."""
+    """The decoder's network: ``text_proj`` prepares the condition, ``sketch`` draws it, ``unet`` denoises."""
 
     def __init__(self, cfg: UNetConfig, conditioning: ConditioningConfig, widths: ClipWidths, out_channels: int = 3):
         super().__init__()
-        self.text_proj = TextProj(conditioning, widths, cfg.time_dim)
-        self.unet = UNet(cfg, 3, out_channels, self.text_proj.context_dim if cfg.attention_levels else 0)
+        sketch = conditioning.sketch
+        self._widths = [cfg.time_dim] + ([sketch.width] if sketch.size else [])
+        self.text_proj = TextProj(conditioning, widths, sum(self._widths))
+        self.sketch = Sketch(sketch) if sketch.size else None
+        channels = 6 if sketch.size else 3
+        self.unet = UNet(cfg, channels, out_channels, self.text_proj.context_dim if cfg.attention_levels else 0)
 
     def prepare(self, cond: Cond, keep: Keep) -> UNetContext:
-        return self.unet.context(*self.text_proj(cond, keep))
+        emb, tokens, mask = self.text_proj(cond, keep)
+        time_emb, *own = emb.split(self._widths, dim=1)
+        context = self.unet.context(time_emb, tokens, mask)
+        if self.sketch is not None:
+            context.sketch = self.sketch(*own)
+        return context
 
     def forward(self, x_t: Tensor, timestep: Tensor, context: UNetContext) -> Tensor:
         """x_t (B, 3, S, S), timestep (B,); returns (B, out_channels, S, S)."""
-        return self.unet(x_t, timestep, context)
+        if context.sketch is None:
+            return self.unet(x_t, timestep, context)
+        sketch = context.sketch.detach().to(x_t.dtype)  # it has its own loss
+        if sketch.shape[-2:] != x_t.shape[-2:]:
+            sketch = F.interpolate(sketch, x_t.shape[-2:], mode="bilinear", align_corners=False)
+        return self.unet(torch.cat((x_t, sketch), dim=1), timestep, context)
 
 
 @dataclass

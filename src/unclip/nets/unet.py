@@ -67,18 +67,21 @@ class UNetContext:
     """Made once per batch or sampling run.
 
     ``emb`` (B, time_dim) is added to the timestep embedding; ``keys_values`` hold the context tokens of each attention
-    layer in the order of the forward pass, (B, heads, L, head_dim) each; ``mask`` (B, L) bool, None if all are real.
+    layer in the order of the forward pass, (B, heads, L, head_dim) each; ``mask`` (B, L) bool, None if all are real;
+    ``sketch`` (B, 3, s, s) is what the condition alone looks like, None without one.
     """
 
     emb: Tensor | None = None
     keys_values: list[KeyValue] = field(default_factory=list)
     mask: Tensor | None = None
+    sketch: Tensor | None = None
 
     def first(self, n: int) -> "UNetContext":
         return UNetContext(
             emb=None if self.emb is None else self.emb[:n],
             keys_values=[(key[:n], value[:n]) for key, value in self.keys_values],
             mask=None if self.mask is None else self.mask[:n],
+            sketch=None if self.sketch is None else self.sketch[:n],
         )
 
 
