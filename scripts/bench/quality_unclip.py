@@ -1,7 +1,7 @@
 """Our side of scripts/bench/peer_quality.py: the emoji recipes (conf/experiment/emoji_*.yaml) at the benchmark's sizes.
 
-What the peer has no counterpart for is left out: the decoder sees z_i only and draws no sketch, and the prior reads the caption from CLIP's frozen
-states, as the peer does, instead of an own embedding of its tokens.
+What the peer has no counterpart for is left out: the decoder sees z_i only and draws no sketch, and the prior reads the caption
+from CLIP's frozen states, as the peer does, instead of an own embedding of its tokens.
 """
 
 from typing import Any
