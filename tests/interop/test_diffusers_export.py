@@ -164,6 +164,7 @@ UNIT = {"embedding_norm": "unit"}
             {"decoder": {"split": 0.5, "last_net": {"channels": [32], "attention_levels": [0], "head_dim": 32}}},
             "model.split=0",
         ),
+        ({"decoder": {"conditioning": {"sketch": {"size": 8}}}}, "conditioning.sketch.size=0"),
         ({"decoder": {"conditioning": {"text": "tokens"}}}, "conditioning.text=clip_states"),
         ({"decoder": {"conditioning": {"text": "none"}}}, "conditioning.text=clip_states"),
         ({"decoder": {"conditioning": {"text_emb": False}}}, "conditioning.text_emb=true"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from karlo_chain import write_karlo_chain
+from models.test_decoder import NET, TEXT, make
 from tiny_chain import write_tiny_chain
 from typer.testing import CliRunner
 
@@ -17,6 +19,7 @@ from unclip.cli.app import app
 from unclip.errors import ArtifactError, ConfigError
 from unclip.interop import onnx_export
 from unclip.interop.onnx_steps import steps_of
+from unclip.nets.conditioned import SketchConfig
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -99,6 +102,16 @@ def test_a_wrong_output_is_found(exported: tuple[Path, str], runs: Path):
         ArtifactError, match=r"outputs of prior differ by 0\.0.*, more than 0.0001: nothing was written"
     ):
         onnx_export.check(step, exported[0] / "prior.onnx")
+
+
+def test_a_decoder_that_draws_a_sketch(tmp_path: Path):
+    net = replace(NET, channels=[16], attention_levels=[0])
+    [step] = steps_of("decoder", make(net=net, conditioning=replace(TEXT, sketch=SketchConfig(size=4, width=8))))
+    onnx_export.write(step, tmp_path / "decoder.onnx")
+    assert onnx_export.check(step, tmp_path / "decoder.onnx") <= onnx_export.TOLERANCE
+    [plain] = outputs(tmp_path / "decoder.onnx", step.inputs)
+    step.module.sketch.out.bias.data += 1  # type: ignore[union-attr]
+    assert np.abs(step.run(step.inputs)[0].detach().numpy() - plain).max() > 0.01  # the sketch was in it
 
 
 @pytest.mark.slow
