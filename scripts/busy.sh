@@ -27,7 +27,7 @@ chain() { # FOLDER BASE SETTING...: the decoder, and the links that make the fol
   run unclip busy-probe --from "$out/$1" --out "$out/$1/probes" --num "$probe"
 }
 
-[[ -e $out/data/verdict ]] || run unclip data shapes --out "$out/data" --num "$num" --size 128 --objects 1-8
+[[ -e $out/data/verdict/index.json ]] || run unclip data shapes --out "$out/data" --num "$num" --size 128 --objects 1-8
 run train-clip run="$out/clip" "${data[@]}" experiment=busy_clip trainer.max_minutes="$half" "${settings[@]}"
 run unclip-embed run="$out/embeddings" clip="$out/clip" data="$out/data" precision=bf16 \
   "columns=[image_emb,text_emb,tokens,text_seq]"

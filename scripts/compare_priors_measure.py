@@ -3,7 +3,7 @@
     python scripts/compare_priors_measure.py OUT --data DATA --embeddings FOLDER --splits val test_styles --chain RUNS
 
 One process for all: what is real is looked at once. Each OUT/LABEL/seed-N gets evaluation-SPLIT.json and, with --chain,
-drawn.json; what is there already is kept.
+drawn.json; what is there already is kept, if it is of the same weights and, of drawings, of the same chain and number.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import Any
 from compare_priors_table import DRAWN, TRUE
 from torch import Tensor
 
+from unclip import artifact
 from unclip.cli.measure import Yardstick, draw
 from unclip.config import Precision
 from unclip.data.datamodule import DataConfig
@@ -32,11 +33,10 @@ def main() -> None:
         data = DataConfig(path=str(choice.data), embeddings=str(choice.embeddings), val_split=split, max_val=10_000)
         for cell in cells:
             file = cell / f"evaluation-{split}.json"
-            if not file.exists():
+            if not is_of(file, {"hash": artifact.read_manifest(cell).hash}):
                 write(file, evaluate_prior(PriorEvaluateConfig(str(cell), str(cell), seed_of(cell), data)))
-    todo = [cell for cell in cells if not (cell / f"{DRAWN}.json").exists()]
-    if choice.chain is not None and (todo or not (choice.out / TRUE).exists()):
-        draw_all(choice, cells, todo)
+    if choice.chain is not None:
+        draw_all(choice, cells)
 
 
 def arguments() -> argparse.Namespace:
@@ -50,22 +50,34 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def draw_all(choice: argparse.Namespace, cells: list[Path], todo: list[Path]) -> None:
+def draw_all(choice: argparse.Namespace, cells: list[Path]) -> None:
     """Every cell draws the same captions with its own seed; once, the decoder draws from the real pictures' z_i."""
+    kinds = ("clip", "decoder", "upsampler")
+    others = [path for path in sorted(choice.chain.iterdir()) if artifact.kind_named(path.name) in kinds]
+    chain = {"chain": [artifact.read_manifest(path).hash for path in others], "asked": choice.num}
+    origins = {cell: {**chain, "prior": artifact.read_manifest(cell).hash} for cell in cells}
+    todo = [cell for cell in cells if not is_of(cell / f"{DRAWN}.json", origins[cell])]
+    if not todo and is_of(choice.out / TRUE, chain):
+        return
     yardstick = Yardstick(choice.data, choice.num)
     pipeline = UnCLIP.load(choice.chain, precision=Precision.bf16, prior=cells[0])
     yardstick.look(pipeline.size)
-    if not (choice.out / TRUE).exists():
-        write(choice.out / TRUE, judged(yardstick, *drawn(pipeline, yardstick, 0, true=True)))
+    if not is_of(choice.out / TRUE, chain):
+        write(choice.out / TRUE, judged(yardstick, *drawn(pipeline, yardstick, 0, true=True)) | chain)
     for cell in todo:
         pipeline = UnCLIP.load(choice.chain, precision=Precision.bf16, prior=cell)
         found = judged(yardstick, *drawn(pipeline, yardstick, seed_of(cell)))
         print(f"{cell}: KID {found['kid']:.1f}, style {found['style_accuracy']:.1%}", flush=True)
-        write(cell / f"{DRAWN}.json", found)
+        write(cell / f"{DRAWN}.json", found | origins[cell])
 
 
 def drawn(pipeline: UnCLIP, yardstick: Yardstick, seed: int, *, true: bool = False) -> list[Tensor]:
     return [draw(pipeline, samples, seed, BATCH, true=true) for samples in (yardstick.test, yardstick.styled)]
+
+
+def is_of(file: Path, origin: dict[str, Any]) -> bool:
+    """Whether a file of figures is there and says this of itself."""
+    return file.exists() and origin.items() <= json.loads(file.read_text()).items()
 
 
 def judged(yardstick: Yardstick, test: Tensor, styled: Tensor) -> dict[str, float]:

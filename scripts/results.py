@@ -81,6 +81,7 @@ def side_by_side(folder: Path) -> list[dict[str, Any]]:
 
     rows = []
     for stage, sides in Records(folder).complete().items():
+        Records(folder).refuse_mixtures(piece for of in sides.values() for piece, _ in of)
         records = [json.loads(Records(folder).path(piece).read_text()) for of in sides.values() for piece, _ in of]
         steps = records[0]["sampling"]
         origin = {name: joined(record[name] for record in records) for name in ("command", "commit", "date")}

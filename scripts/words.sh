@@ -22,7 +22,7 @@ train_decoder() { # NAME SETTING...
     "${settings[@]}"
 }
 
-[[ -e $out/data/verdict ]] || run unclip data shapes --out "$out/data" --num "$num" --size 64 --signs 1
+[[ -e $out/data/verdict/index.json ]] || run unclip data shapes --out "$out/data" --num "$num" --size 64 --signs 1
 run train-clip run="$out/clip" "${data[@]}" experiment=busy_clip trainer.max_minutes="$half" "${settings[@]}"
 run unclip-embed run="$out/embeddings" clip="$out/clip" data="$out/data" precision=bf16 \
   "columns=[image_emb,text_emb,tokens,text_seq]"

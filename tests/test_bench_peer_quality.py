@@ -1,5 +1,6 @@
 """The comparison with dalle2-pytorch's quality at its smallest, and its arithmetic with known answers. No test reads a time."""
 
+import dataclasses
 import importlib
 import io
 import json
@@ -61,6 +62,7 @@ def test_smoke_trains_and_judges_both_stages():
             "prior_time_to_peer_cosine",
             "prior_time_to_peer_recall_1",
             "sampling_to_equal_kid_vs_dalle2_pytorch",
+            "sampling_to_equal_kid_vs_fewest_steps",
         }
     assert {key for key, value in said.items() if key != "settings" and isinstance(value, dict)} == wanted
     for figure in wanted:
@@ -104,6 +106,16 @@ def test_drawing_is_compared_at_equal_kid(pieces: ModuleType):
     assert pieces.drawing_speedup(250, ours, theirs) == 250 / 4
     assert pieces.drawing_speedup(250, ours[:2], theirs) == 250 / 16
     assert pieces.drawing_speedup(250, ours[1:2], theirs) == 0, "never"
+    assert pieces.drawing_speedup_at_fewest(250, ours, theirs) == 20 / 4
+    worse = [theirs[0], point(pieces, 4, {"kid": 110.0}, steps=20), point(pieces, 2, {"kid": 50.0}, steps=20)]
+    assert pieces.drawing_speedup_at_fewest(250, ours, worse) == 250 / 4
+    both = {"unclip": [(pieces.Piece("decoder", "unclip", 20, 0, 1.0), ours)]}
+    both["dalle2_pytorch"] = [(pieces.Piece("decoder", "dalle2_pytorch", 20, 0, 1.0), theirs)]
+    found = pieces.figures("decoder", both, 16, 250)
+    assert found["decoder_kid_unclip"]["median"] == 80.0, (
+        "of our sampler's own steps, not of the best of all that were tried"
+    )
+    assert found["decoder_kid_dalle2_pytorch"]["median"] == 90.0, "the peer's better sampling"
 
 
 def test_our_end_is_drawn_with_ever_more_steps_until_it_is_as_good(bench: ModuleType, pieces: ModuleType):
@@ -341,6 +353,33 @@ def test_the_page_of_results_has_the_figures_of_complete_pieces(
     assert "| 0, 1 |" in row
     assert "—" not in row
     assert row.count("peer_quality.py --data DATA/64") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sampling": {"curve": {"unclip": 99}}}, "differ in sampling"),
+        ({"built": {"settings": {"temperature": 1.0}}}, "differ in built"),
+        ({"piece": {"minutes": 2.0}}, "are of other budgets or learning rates"),
+        ({"piece": {"lr": 1.0, "seed": 0}}, "are of other budgets or learning rates"),
+    ],
+    ids=str,
+)
+def test_pieces_of_different_recipes_are_not_joined(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any], message: str
+):
+    plan, _ = bench.plans(smoke=True, minutes=None)
+    complete = made(bench, monkeypatch, tmp_path, "--untuned").run(plan)
+    records = bench.Records(tmp_path / "out")
+    pieces = [piece for of in complete.values() for piece, _ in of]
+    records.refuse_mixtures(pieces)
+    second = next(piece for piece in pieces if (piece.side, piece.seed) == ("unclip", 1))
+    record = json.loads(records.path(second).read_text())
+    records.path(second).unlink()
+    changed = dataclasses.replace(second, **change.pop("piece", {}))
+    records.write(changed, {key: value for key, value in (record | change).items() if key != "piece"})
+    with pytest.raises(SystemExit, match=message):
+        records.refuse_mixtures(changed if piece == second else piece for piece in pieces)
 
 
 def test_a_snapshot_that_is_gone_is_named(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

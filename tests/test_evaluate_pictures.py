@@ -114,7 +114,7 @@ MEASURED = ["features=[clip]", "metrics=[kid,precision_recall,clip_score,vendi,l
 
 
 def test_two_ranks_find_exactly_what_one_process_finds(root: Path):
-    given = [*DRAWN, *SHORT, *MEASURED]
+    given = [*DRAWN, *SHORT, *MEASURED, "real.split=data/train", "drawn.num=150"]  # three blocks and five
     started = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     for launcher, run in (([], "one"), (started, "two")):
         words = [*launcher, command("unclip-evaluate"), "pictures", f"run={run}", *given]
@@ -125,8 +125,8 @@ def test_two_ranks_find_exactly_what_one_process_finds(root: Path):
     one, two = (json.loads((root / run / "evaluation.json").read_text()) for run in ("one", "two"))
     assert one["measures"] == two["measures"]
     assert one["intervals"] == two["intervals"]
-    assert one["pictures"]["drawn"]["count"] == 64
-    for name in ("00000000.png", "00000063.png"):
+    assert one["pictures"]["drawn"]["count"] == 150
+    for name in ("00000000.png", "00000100.png"):
         assert (root / "one/pictures" / name).read_bytes() == (root / "two/pictures" / name).read_bytes()
 
 
@@ -184,6 +184,17 @@ def test_coco_against_its_whole_validation_set_and_the_filtered_one(root: Path):
     assert (picture.seed, picture.how.decoder.guidance.scale) == (7, 1.25)
 
 
+def test_pictures_without_captions_can_be_compared(root: Path):
+    (root / "bare").mkdir()
+    for i in range(20):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(root / "bare" / f"{i:02d}.png")
+    (root / "bare" / "00.txt").write_text("the only one with a caption")
+    found = evaluated(
+        "pictures", "run=bare-run", "drawn.folder=bare", "metrics=[lpips,vendi]", "replicates=5", "pairs=10"
+    )
+    assert {"lite0/lpips", "lite0/vendi"} <= set(found["measures"])
+
+
 def test_several_pictures_of_a_caption_are_compared_with_each_other(root: Path):
     given = ["drawn.runs=runs", "drawn.num=10", "drawn.per_caption=2", *SHORT, "drawn.captions.split=data/val"]
     found = evaluated("pictures", "run=several", *given, "metrics=[lpips]", "replicates=5")
@@ -227,6 +238,19 @@ def test_several_pictures_of_a_caption_are_compared_with_each_other(root: Path):
         (
             [*GIVEN, "metrics=[lpips]", "real.num=19"],
             "lpips needs at least 10 pairs of real pictures, but there are 9: give more, or leave it out of metrics",
+        ),
+        ([*GIVEN, "metrics=[vendi]", "real.num=19"], "vendi needs at least 20 real pictures, but there are 19"),
+        (
+            [*GIVEN, "metrics=[kid]", "filtered_share=0.25"],
+            "kid needs at least 50 filtered real pictures, but there are 48",
+        ),
+        (
+            ["drawn.split=data/test", "train.split=data/train", "metrics=[vendi]", "filtered_share=0.2"],
+            "filtered_share leaves out some",
+        ),
+        (
+            [GIVEN[0], "real.split=data/train", "real.num=60", "train.split=data/train", "metrics=[memorisation]"],
+            "real and train are both data/train",
         ),
         ([*GIVEN, "neighbours=64"], "neighbours=64 must be below the number of pictures"),
         (

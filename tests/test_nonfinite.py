@@ -11,7 +11,7 @@ from unclip import artifact
 from unclip.config import LoggerConfig, LoggerName, OnNonfinite, OptimConfig, Precision, TrainerConfig
 from unclip.data.datamodule import DataConfig
 from unclip.data.shapes import write_shapes
-from unclip.errors import TrainingError
+from unclip.errors import ConfigError, TrainingError
 from unclip.models import CLIPConfig
 from unclip.models.clip import CLIP
 from unclip.train import ClipTrainConfig, train
@@ -72,3 +72,11 @@ def test_the_same_run_goes_on_with_such_steps_left_out(cfg: ClipTrainConfig, poi
     assert all(p.isfinite().all() for p in model.parameters())
     assert len(poisoned) == 2
     assert len((Path(cfg.run) / "nonfinite.jsonl").read_text().splitlines()) == 2
+
+
+def test_batch_norms_are_not_trained_on_with_steps_left_out(cfg: ClipTrainConfig) -> None:
+    """A NaN in an activation would stay in their running statistics."""
+    cfg.model = replace(cfg.model, image_size=32, vision_width=4, vision_blocks=[1, 1, 1, 1])
+    cfg.trainer.on_nonfinite = OnNonfinite.skip
+    with pytest.raises(ConfigError, match="whose statistics a NaN spoils for good: take stop"):
+        train(cfg)

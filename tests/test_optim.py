@@ -99,6 +99,33 @@ def test_the_trained_weights_can_be_had_within_a_block_of_averaged_ones():
         assert torch.equal(net.linear.weight, trained)
 
 
+def test_running_statistics_are_averaged_beside_the_weights():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    norm = net[1]
+    optimizer = make_optimizer(net, OptimConfig(lr=0.01, ema_decay=0.5, warmup_steps=0))
+    average = None
+    for step in range(4):
+        net(torch.randn(8, 3, 2, 2) + step).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        share = 1 - min(0.5, (step + 2) / (step + 11))
+        average = norm.running_mean.clone() if average is None else average.lerp(norm.running_mean, share)
+    trained = norm.running_mean.clone()
+    assert (trained - average).abs().max() > 0.01
+    with optimizer.ema_weights():
+        assert_close(norm.running_mean, average)
+        assert torch.equal(norm.running_var, optimizer.state[norm.weight]["ema_running_var"])
+        with optimizer.trained_weights():
+            assert torch.equal(norm.running_mean, trained)
+        assert_close(norm.running_mean, average)
+    assert torch.equal(norm.running_mean, trained)
+    again = make_optimizer(net, OptimConfig(lr=0.01, ema_decay=0.5, warmup_steps=0))
+    again.load_state_dict(optimizer.state_dict())
+    with again.ema_weights():
+        assert_close(norm.running_mean, average)
+
+
 def test_no_average_when_it_is_switched_off():
     net = Net()
     optimizer = make_optimizer(net, OptimConfig(lr=0.01, ema_decay=0.0))

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from models.test_decoder import make
+from models.test_decoder_split import saved
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
@@ -12,7 +15,15 @@ from unclip.cli.app import app
 from unclip.cli.plan import read
 from unclip.config import OptimConfig, Precision
 from unclip.errors import ConfigError
-from unclip.models import DecoderConfig, DiffusionPriorConfig, Interface, ModelConfig, UpsamplerConfig, build
+from unclip.models import (
+    CLIPConfig,
+    DecoderConfig,
+    DiffusionPriorConfig,
+    Interface,
+    ModelConfig,
+    UpsamplerConfig,
+    build,
+)
 from unclip.nets.conditioned import ConditioningConfig, DecoderText
 from unclip.nets.transformer import PriorNetConfig
 from unclip.nets.unet import UNetConfig
@@ -75,7 +86,7 @@ def allocated(cfg: ModelConfig, interface: Interface, optim: OptimConfig, rows: 
         torch.manual_seed(0)
         model = build(cfg, interface).train()
         optimizer = make_optimizer(model, optim)
-        batch = example(cfg, interface, rows)
+        batch = example(model, interface, rows)
         for _ in range(2):
             train_step(Losses(model), optimizer, batch, Precision.bf16)
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -127,6 +138,14 @@ def test_flops_are_those_of_the_layers():
     assert measure_step(cfg, Interface(), OptimConfig(sam_rho=0.1), Precision.fp32, rows=3).flops == 2 * step.flops
 
 
+def test_a_clip_of_the_registry_reads_pictures_and_captions_of_its_own_size():
+    with FakeTensorMode():
+        clip = build(CLIPConfig(name="ViT-B-32"), Interface())
+        batch = example(clip, Interface(), 2)
+    assert batch.column("image").shape == (2, 3, 224, 224)
+    assert batch.column("tokens").shape == (2, 77)
+
+
 def test_several_devices_share_what_belongs_to_the_weights():
     kinds = {"parameters": 400, "gradients": 400, "optimiser": 1200, "activations": 1000}
     step = Step(parameters=100, trainable=100, flops=1, bytes=kinds, largest_block=10, outside=20)
@@ -155,6 +174,11 @@ def test_the_stage_is_known_by_its_name(given: list[str], stage: str):
     assert read(given)[2] == stage
 
 
+def test_a_run_that_goes_on_from_another_has_that_ones_model(tmp_path: Path):
+    _, cfg, _ = read(["stage=decoder", f"init={saved(make(), tmp_path / 'run')}"])
+    assert cfg.model.image_size == 8  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -165,6 +189,7 @@ def test_the_stage_is_known_by_its_name(given: list[str], stage: str):
         (["stage=vae"], "stage=vae is not one of: clip, prior, decoder, upsampler"),
         (["experiment=no_such_decoder"], "is decoder the stage"),
         (["experiment=tiny_decoder", "model.net.widht=1"], "unknown option 'model.net.widht'"),
+        (["stage=clip", "model.lora_rank=2"], "follows whole weights, not adapters"),
         (["tiny_decoder"], "'tiny_decoder' is not a setting: write unclip plan experiment="),
     ],
 )

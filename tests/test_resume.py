@@ -24,7 +24,11 @@ from unclip.train import UpsamplerTrainConfig, train
 
 pytestmark = pytest.mark.timeout(300)
 STEPS = 100  # enough for a signal to fall into on a busy machine
+OPTIONS = TINY | {
+    "resnet": [*TINY["clip"], "model.image_size=32", "model.vision_width=4", "model.vision_blocks=[1,1,1,1]"]
+}
 COMMANDS = {"clip": "train-clip", "prior": "train-prior", "decoder": "train-decoder", "upsampler": "train-upsampler"}
+COMMANDS["resnet"] = "train-clip"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(stage: str, run: str) -> list[str]:
-    given = [COMMANDS[stage], f"run={run}", "data.path=data", *TINY[stage], f"trainer.max_steps={STEPS}"]
+    given = [COMMANDS[stage], f"run={run}", "data.path=data", *OPTIONS[stage], f"trainer.max_steps={STEPS}"]
     return given + (["data.embeddings=embeddings"] if stage in ("prior", "decoder") else [])
 
 

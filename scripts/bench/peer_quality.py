@@ -155,6 +155,7 @@ class Bench:
                 if self.judged(plan, piece, rival) and piece.side == THEIRS:
                     rival = self.records.points(piece)
             measured += pair
+        self.records.refuse_mixtures(piece for piece in measured if self.records.read(piece) is not None)
         complete = self.records.complete().get(plan.stage, {})
         return {
             side: [(piece, points) for piece, points in complete.get(side, []) if piece in measured] for side in rates

@@ -97,6 +97,26 @@ class Records:
         assert record is not None
         self.write(piece, {name: value for name, value in {**record, **values}.items() if name != "piece"})
 
+    def refuse_mixtures(self, pieces: Iterable[Piece]) -> None:
+        """SystemExit where pieces of one stage and side, which go into one figure, were not made alike, or a seed occurs twice."""
+        first: dict[tuple[str, str], tuple[Piece, dict[str, Any]]] = {}
+        seeds: dict[tuple[str, str, int], Piece] = {}
+        for piece in pieces:
+            record = self.read(piece) or {}
+            other, theirs = first.setdefault((piece.stage, piece.side), (piece, record))
+            twice = seeds.setdefault((piece.stage, piece.side, piece.seed), piece)
+            for what in ("sampling", "built"):
+                if record.get(what) != theirs.get(what):
+                    raise SystemExit(
+                        f"{self.path(piece)} and {self.path(other)} differ in {what} ({record.get(what)}, "
+                        f"{theirs.get(what)}): remove one, and it is trained again"
+                    )
+            if (piece.minutes, piece.lr) != (other.minutes, other.lr) or twice != piece:
+                raise SystemExit(
+                    f"{self.path(piece)} and {self.path(other)} are of other budgets or learning rates: no figure can be made "
+                    "of both, so keep trials in another --out"
+                )
+
     def complete(self) -> dict[str, dict[str, list[tuple[Piece, list[Point]]]]]:
         """By stage and side the measured pieces that are wholly judged, in the order of their seeds."""
         found: dict[str, dict[str, list[tuple[Piece, list[Point]]]]] = {}
@@ -173,6 +193,17 @@ def drawing_speedup(readme: int, ours: Sequence[Point], theirs: Sequence[Point],
     return peer.drawing / min(reached, key=lambda point: point.steps).drawing if reached else 0.0
 
 
+def drawing_speedup_at_fewest(
+    readme: int, ours: Sequence[Point], theirs: Sequence[Point], replicate: int | None = None
+) -> float:
+    """As :func:`drawing_speedup`, but by the shortest drawing of the peer's last snapshot whose KID is no higher than that of its
+    README's steps: it too may need fewer."""
+    (peer,) = [point for point in theirs if point.steps == readme]
+    goal = _value(peer, replicate)
+    as_good = [p.drawing for p in theirs if p.part == peer.part and reaches(_value(p, replicate), goal)]
+    return drawing_speedup(readme, ours, theirs, replicate) * min(as_good) / peer.drawing
+
+
 def speedup(
     names: Sequence[str], ours: Sequence[Point], theirs: Sequence[Point], replicate: int | None = None
 ) -> float:
@@ -207,7 +238,8 @@ def figures(stage: str, pieces: dict[str, list[tuple[Piece, list[Point]]]], curv
     names, found = MEASURES[stage], {}
     for side, of in pieces.items():
         for name in names if of else ():
-            ends = [final(points)[1][name] for _, points in of]
+            judged = [[p for p in points if side == THEIRS or p.steps == curve] for _, points in of]
+            ends = [final(points)[1][name] for points in judged]
             found[f"{stage}_{name}_{side}"] = {"median": float(np.median(ends)), "min": min(ends), "max": max(ends)}
     theirs = {piece.seed: points for piece, points in pieces.get(THEIRS, [])}
     pairs = [(points, theirs[piece.seed]) for piece, points in pieces.get(OURS, []) if piece.seed in theirs]
@@ -219,6 +251,7 @@ def figures(stage: str, pieces: dict[str, list[tuple[Piece, list[Point]]]], curv
         found[f"{stage}_time_to_peer_{name}"] = interval(curves, partial(speedup, (name,)))
     if stage == "decoder":
         found["sampling_to_equal_kid_vs_dalle2_pytorch"] = interval(pairs, partial(drawing_speedup, readme))
+        found["sampling_to_equal_kid_vs_fewest_steps"] = interval(pairs, partial(drawing_speedup_at_fewest, readme))
     return found
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from quality_worker import Rows
 from torch import Tensor, nn
 
-from unclip.config import Decay, OptimConfig
+from unclip.config import Decay, OptimConfig, to_plain
 from unclip.data.batch import Batch
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.noise import Noise
@@ -28,6 +28,8 @@ from unclip.nets.layers import Cond
 from unclip.nets.transformer import PriorNetConfig, PriorText
 from unclip.nets.unet import UNetConfig
 from unclip.optim import clip_gradients, learning_rate, make_optimizer
+
+TEMPERATURE = 0.3  # of our decoder's sampler
 
 
 class Unclip:
@@ -77,8 +79,9 @@ class UnclipPrior(Unclip):
             width=shape["width"], depth=shape["depth"], num_heads=shape["heads"], text=PriorText.clip_states
         )
         self.optim = OptimConfig(lr=5e-4, weight_decay=0.06, warmup_steps=100, decay=Decay.cosine, ema_decay=0.995)
-        self.settings = {"optim": plain(self.optim), "drop_text": 0.1, "batch": shape["batch"]}
-        self.model = DiffusionPrior(DiffusionPriorConfig(net=net), Interface(**facts["widths"]))
+        cfg = DiffusionPriorConfig(net=net)
+        self.settings = {"optim": plain(self.optim), "model": to_plain(cfg), "batch": shape["batch"]}
+        self.model = DiffusionPrior(cfg, Interface(**facts["widths"]))
         return self.model
 
     def batch(self, rows: Rows, chosen: np.ndarray, positions: list[int]) -> Batch:
@@ -128,7 +131,12 @@ class UnclipDecoder(Unclip):
         self.optim = OptimConfig(
             lr=1.5e-3, muon_lr=0.02, weight_decay=0.01, warmup_steps=100, decay=Decay.cosine, ema_decay=0.998
         )
-        self.settings = {"optim": plain(self.optim), "drop_image": 0.1, "batch": shape["batch"], "predict": "x0"}
+        self.settings = {
+            "optim": plain(self.optim),
+            "model": to_plain(cfg),
+            "batch": shape["batch"],
+            "temperature": TEMPERATURE,
+        }
         self.model = Decoder(cfg, Interface(**facts["widths"]))
         return self.model
 
@@ -137,7 +145,9 @@ class UnclipDecoder(Unclip):
         return Batch(position=positions, image=image, image_emb=image_emb)
 
     def sample(self, rows: Rows, chosen: np.ndarray, how: dict[str, Any]) -> Tensor:
-        sampling = DiffusionSampling(SamplerConfig(num_steps=how["steps"], temperature=0.3), Guidance(how["guidance"]))
+        sampling = DiffusionSampling(
+            SamplerConfig(num_steps=how["steps"], temperature=TEMPERATURE), Guidance(how["guidance"])
+        )
         (image_emb,) = rows.take(chosen, "image_emb")
         noise = Noise(chosen.tolist(), rows.device)
         return to_uint8(self.model.sample(Cond(image_emb=image_emb), sampling, noise))

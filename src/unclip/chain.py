@@ -157,7 +157,8 @@ class Chain:
         with self._autocast:
             denoiser = self.models["decoder"].denoiser(cond, how.decoder, size=size)
             args = (known.to(self.device), mask.to(self.device), noise, how.repaint)
-            return repaint(denoiser, *args, on_step=on_step).clamp(-1, 1)
+            temperature = how.decoder.sampler.temperature
+            return repaint(denoiser, *args, temperature=temperature, on_step=on_step).clamp(-1, 1)
 
     def _upsampled(
         self, name: str, low: Tensor, seeds: Sequence[int], how: UpsamplerSampling, on_step: OnStep | None = None

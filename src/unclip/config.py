@@ -226,6 +226,9 @@ def _build(raw: dict[str, Any], cls: type[T], path: str) -> T:
         return cls(**values)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: {error}" if path else str(error)) from error
+    except ZeroDivisionError as error:
+        zeros = ", ".join(sorted(key for key, value in values.items() if value == 0 and not isinstance(value, bool)))
+        raise ConfigError(f"{path or cls.__name__}: one of these must not be 0: {zeros}") from error
 
 
 def _filled(value: Any, field: "dataclasses.Field[Any]") -> Any:

@@ -137,7 +137,8 @@ def invertible(chain: Chain, how: Sampling | None, eta: float = 0.0) -> Sampling
             f"the decoder's sampler has eta {full.decoder.sampler.eta}; leave it out: `vary` takes its own, and "
             "reconstructions, interpolations and edits are drawn with 0"
         )
-    sampler = SamplerConfig(Sampler.ddim, full.decoder.sampler.num_steps, eta or None)
+    temperature = full.decoder.sampler.temperature if eta else 1.0
+    sampler = SamplerConfig(Sampler.ddim, full.decoder.sampler.num_steps, eta or None, temperature)
     full.decoder = DiffusionSampling(sampler, full.decoder.guidance)
     return full
 

@@ -1,7 +1,8 @@
 """AdamW whose state holds the EMA of the weights, weight-decay groups, learning-rate progress and gradient clipping.
 
 The averages live beside Adam's moments (``state[p]["ema"]`` and ``["ema_profile_0"]``, …; float32), so that checkpoints and
-sharding carry them with no further code. They cover trainable weights only: never buffers, never a frozen CLIP.
+sharding carry them with no further code. They cover trainable weights, never a frozen CLIP, and the running statistics of batch
+norms, which stand beside their weight's (``["ema_running_mean"]``, ``["ema_running_var"]``).
 """
 
 import math
@@ -27,6 +28,7 @@ class AdamWEMA(torch.optim.AdamW):
         self.exponents = {f"ema_profile_{i}": exponent(width) for i, width in enumerate(cfg.ema_profiles)}
         super().__init__(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
         self._trained: list[tuple[Tensor, Tensor]] = []  # weights and their trained values, within ema_weights
+        self.batch_norms: list[nn.BatchNorm2d] = []
         for group in self.param_groups:
             group["updates"] = 0
 
@@ -50,7 +52,9 @@ class AdamWEMA(torch.optim.AdamW):
             n = group["updates"] = group["updates"] + 1
             weights = [p for p in group["params"] if p.grad is not None]
             if self.ema_decay and weights:
-                self._lerp(weights, "ema", 1 - min(self.ema_decay, (1 + n) / (10 + n)))
+                share = 1 - min(self.ema_decay, (1 + n) / (10 + n))
+                self._lerp(weights, "ema", share)
+                self._lerp_statistics(weights, share)
             weights = [p for p in group["params"] if p.grad is not None or p in self.state]
             for name, gamma in self.exponents.items():
                 if weights:
@@ -65,6 +69,20 @@ class AdamWEMA(torch.optim.AdamW):
         averages = [self.state[p][name] for p in weights]
         torch._foreach_lerp_(_local(averages), _local(weights), share)  # pyright: ignore[reportPrivateImportUsage]
 
+    def _lerp_statistics(self, weights: list[Tensor], share: float) -> None:
+        if not self.batch_norms:
+            return
+        moved = {id(p) for p in weights}
+        for weight, name, value in self._statistics():
+            if id(weight) in moved:
+                self.state[weight].setdefault(f"ema_{name}", value.clone()).lerp_(value, share)
+
+    def _statistics(self) -> Iterator[tuple[Tensor, str, Tensor]]:
+        """Each batch norm's weight, and the name and value of a running statistic."""
+        for norm in self.batch_norms:
+            for name in ("running_mean", "running_var"):
+                yield norm.weight, name, getattr(norm, name)
+
     def profile(self, model: nn.Module, index: int) -> dict[str, Tensor]:
         """The power-function average of ``cfg.ema_profiles[index]``, by the names of the model's weights."""
         name = f"ema_profile_{index}"
@@ -78,7 +96,7 @@ class AdamWEMA(torch.optim.AdamW):
         if self._trained:  # a block within a block
             yield
             return
-        averaged = [(p, s["ema"]) for p, s in self.state.items() if "ema" in s]
+        averaged = self._averaged()
         self._trained = [(p, p.detach().clone()) for p, _ in averaged]
         _copy_into(averaged)
         try:
@@ -94,7 +112,13 @@ class AdamWEMA(torch.optim.AdamW):
         try:
             yield
         finally:
-            _copy_into([(p, self.state[p]["ema"]) for p, _ in self._trained])
+            _copy_into(self._averaged())
+
+    def _averaged(self) -> list[tuple[Tensor, Tensor]]:
+        """Weights and statistics, each with its average."""
+        weights = [(p, s["ema"]) for p, s in self.state.items() if "ema" in s]
+        statistics = [(value, self.state.get(p, {}).get(f"ema_{name}")) for p, name, value in self._statistics()]
+        return weights + [(value, average) for value, average in statistics if average is not None]
 
 
 @torch.no_grad()
@@ -126,7 +150,13 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> AdamWEMA:
             groups.setdefault((muon, scale, not decays, p.ndim == 0), []).append(p)
     if not groups:
         raise ConfigError("nothing is left to train: all weights are frozen")
-    return AdamWEMA(
+    batch_norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    if batch_norms and cfg.ema_profiles:
+        raise ConfigError(
+            "optim.ema_profiles with batch norms (a CLIP's ResNet), whose statistics an average made after training would lack: "
+            "leave it empty"
+        )
+    optimizer = AdamWEMA(
         [
             {
                 "params": groups[muon, scale, plain, scalar],
@@ -138,6 +168,8 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> AdamWEMA:
         ],
         cfg,
     )
+    optimizer.batch_norms = batch_norms
+    return optimizer
 
 
 def _learning_rate_scales(model: Any, layer_decay: float) -> dict[str, float]:

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from unclip.config import OptimConfig, Precision
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
-from unclip.models import CLIPConfig, DecoderConfig, Interface, ModelConfig, UpsamplerConfig, build
+from unclip.models import Interface, ModelConfig, UpsamplerConfig, build
+from unclip.models.clip import CLIP
 from unclip.models.pictures import Bsr
 from unclip.nets.transformer import TransformerBlock
 from unclip.nets.unet import ContextAttention, ResnetBlock
@@ -49,7 +50,7 @@ def measure_step(
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         model = build(cfg, interface).train()
         optimizer = make_optimizer(model, optim)
-        batch = example(cfg, interface, rows)
+        batch = example(model, interface, rows)
         sizes = [p.numel() for p in model.parameters()]
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         resting = _take_resting(model)
@@ -112,12 +113,12 @@ def _backward(losses: Losses, batch: Batch, precision: Precision) -> None:
     loss.backward()
 
 
-def example(cfg: ModelConfig, interface: Interface, rows: int) -> Batch:
+def example(model: Any, interface: Interface, rows: int) -> Batch:
     """A batch of zeros in the shapes that the model trains on, captions of full length."""
-    size = cfg.image_size if isinstance(cfg, (CLIPConfig, DecoderConfig, UpsamplerConfig)) else 1
-    length = (
-        interface.context_length or cfg.context_length if isinstance(cfg, CLIPConfig) else interface.context_length
-    ) or 1
+    cfg = model.cfg
+    interface = model.interface() if isinstance(model, CLIP) else interface
+    size = model.image_size if isinstance(model, CLIP) else getattr(cfg, "image_size", 1)
+    length = interface.context_length or 1
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     low = None
     if isinstance(cfg, UpsamplerConfig) and cfg.bsr is not Bsr.none:  # else it is made from the picture

@@ -47,6 +47,16 @@ def test_resampling_finds_the_conditional_mean():
     assert abs(straight - RHO * 1.5) > 2 * abs(resampled - RHO * 1.5)
 
 
+def test_a_low_temperature_adds_less_noise():
+    known, mask = torch.tensor([[1.5, -7.0]]).expand(2000, 2), torch.tensor([False, True])
+    spreads = [
+        float(repaint(Pair(40), known, mask, Noise(range(2000)), RePaint(4, 10), temperature=t)[:, 1].std())
+        for t in (1.0, 0.5, 0.0)
+    ]
+    assert abs(spreads[0] - (1 - RHO**2) ** 0.5) < 0.1
+    assert spreads[0] > 1.2 * spreads[1] > 1.2 * spreads[2]
+
+
 def test_a_schedule_without_moves_is_refused():
     with pytest.raises(ValueError, match=r"repaint.jump_length=0 and num_resamples=4 must be at least 1"):
         RePaint(jump_length=0)

@@ -21,6 +21,15 @@ def test_constant_embeddings_find_nothing() -> None:
     assert set(found.values()) == {0.0}
 
 
+def test_what_is_not_a_number_finds_nothing() -> None:
+    images, texts = torch.eye(6), torch.eye(6)
+    images[2] = torch.nan
+    found = retrieval(images, texts, list(range(6)))
+    assert found["image_to_text_recall_1"] == pytest.approx(5 / 6)
+    assert found["image_to_text_recall_5"] == pytest.approx(5 / 6)
+    assert found["text_to_image_recall_1"] == 0, "it may be nearer than the right one"
+
+
 def test_identical_captions_are_hits_and_take_one_place() -> None:
     texts = torch.eye(4)[[0, 0, 1, 2, 3]]
     images = torch.eye(4)[[0, 1, 1, 2, 3]] + 0.1 * torch.eye(4)[[0, 0, 1, 2, 3]]

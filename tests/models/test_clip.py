@@ -9,11 +9,13 @@ from safetensors.torch import save_file
 from tests_support import Canary
 from torch.testing import assert_close
 
+from unclip.config import OptimConfig, typed
 from unclip.data.batch import Batch
 from unclip.errors import ArtifactError, ConfigError
-from unclip.models.clip import CLIP, CLIPConfig, Tokenizer
+from unclip.models.clip import CLIP, CLIPConfig, Tokenizer, interpolate
 from unclip.models.contrastive import contrastive_loss
 from unclip.models.interface import Interface
+from unclip.optim import make_optimizer
 
 SMALL = {
     "embed_dim": 24,
@@ -26,6 +28,7 @@ SMALL = {
     "text_heads": 2,
     "context_length": 16,
 }
+RESNET: dict[str, object] = {"image_size": 32, "vision_width": 4, "vision_blocks": [1, 1, 1, 1]}
 CAPTIONS = ["a red cube left of a blue ball", "", "two cones"]
 
 
@@ -195,8 +198,33 @@ def test_openai_weights_get_quick_gelu() -> None:
         ({"vision_blocks": [1, 1, 1, 1], "image_size": 48}, "a multiple of 32"),
         ({"vision_blocks": [1, 1, 1, 1], "vision_width": 15, "image_size": 64}, "an even vision_width"),
         ({"pretrained": "openai"}, "neither a file nor a tag"),
+        ({**RESNET, "lora_rank": 2}, "adapts the matrices of transformers"),
+        ({**RESNET, "freeze_image": True, "unlocked_image_groups": 1}, "a ResNet is frozen as a whole"),
     ],
 )
 def test_wrong_settings_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CLIP(CLIPConfig(**{**change})).fit()  # type: ignore[arg-type]
+
+
+def test_batch_norms_and_what_does_not_go_with_them() -> None:
+    clip = CLIP(CLIPConfig(**RESNET))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="grades the layers of transformers"):
+        make_optimizer(clip, OptimConfig(layer_decay=0.8))
+    with pytest.raises(ConfigError, match="leave it empty"):
+        make_optimizer(clip, OptimConfig(ema_profiles=[0.1]))
+    other = CLIP(CLIPConfig(**RESNET, freeze_image=True))  # type: ignore[arg-type]
+    before = clip.model.text_projection.detach().clone()
+    interpolate(clip, other, 0.0)  # the statistics are those of no step, alike
+    assert torch.equal(other.model.text_projection, before)
+    clip.model.visual.bn1.running_var.mul_(2)
+    with pytest.raises(ConfigError, match="nobody knows their statistics"):
+        interpolate(clip, other, 0.5)
+
+
+@pytest.mark.parametrize("zero", ["text_heads", "vision_heads", "patch_size"])
+def test_a_zero_is_refused_in_words(zero: str) -> None:
+    from omegaconf import OmegaConf
+
+    with pytest.raises(ConfigError, match=f"one of these must not be 0: .*{zero}"):
+        typed(OmegaConf.create({zero: 0}), CLIPConfig)

@@ -82,10 +82,13 @@ def test_sampling_with_guidance_and_a_second_net_that_has_no_sketch(tmp_path):
     assert model.last_net.unet.conv_in.in_channels == 3
     assert_close(model.net.state_dict(), first.net.state_dict())
     assert set(model.losses(make_batch(), Noise(range(4)))) == {"mse"}
-    drawn = model.sample(model.cond(make_batch(2)), DDIM, Noise(range(2)))
-    alone = model.sample(model.cond(make_batch(2)), DDIM, Noise(range(2)))
-    assert drawn.isfinite().all()
-    assert_close(drawn, alone)
+    cond = model.cond(make_batch(2))
+    drawn = model.sample(cond, DDIM, Noise(range(2)))
+    second = Cond(image_emb=cond.image_emb[1:], tokens=cond.tokens[1:])
+    assert_close(model.sample(second, DDIM, Noise([1])), drawn[1:], atol=1e-4, rtol=0)
+    with torch.no_grad():
+        model.net.sketch.out.bias += 1
+    assert (model.sample(cond, DDIM, Noise(range(2))) - drawn).abs().max() > 0.01
 
 
 def test_the_timestep_embedding_gets_what_it_gets_without_a_sketch():
@@ -111,6 +114,14 @@ def test_wrong_settings_are_refused():
     for bad in ({"size": -1}, {"width": 0}, {"dropout": 1.0}):
         with pytest.raises(ValueError, match="a size is at least 0, a width at least 1"):
             SketchConfig(**bad)
+
+
+def test_a_condition_that_no_vector_holds_has_no_sketch():
+    for text in (DecoderText.clip_states, DecoderText.none):
+        with pytest.raises(ValueError, match=r"of which there is none: set image or text_emb|has no condition"):
+            ConditioningConfig(image=False, text=text, sketch=SketchConfig(size=4))
+    ConditioningConfig(image=False, text=DecoderText.tokens, sketch=SketchConfig(size=4))
+    ConditioningConfig(image=False, text=DecoderText.clip_states, text_emb=True, sketch=SketchConfig(size=4))
 
 
 def test_two_decoders_that_differ_in_the_sketchs_dropout_only_share_a_first_net():

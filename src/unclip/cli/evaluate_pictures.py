@@ -30,7 +30,7 @@ from unclip.evaluation.pictures import (
     unlike_training,
 )
 from unclip.evaluation.sheet import draw_table, save_picture
-from unclip.evaluation.sources import Fit, Source, SourceConfig, caption_of, load_pictures, open_source, sides
+from unclip.evaluation.sources import Fit, Source, SourceConfig, caption_of, load_pictures, open_source, sides, whole
 
 NEIGHBOURS = "neighbours.png"
 NETS = ("lite0", "clip", "dinov2", "inception")
@@ -83,6 +83,10 @@ class PictureEvaluateConfig:
             lacking = sorted(metric.name for metric in set(self.metrics) - ONE_SIDED)
             raise ConfigError(
                 f"{', '.join(lacking)} need real pictures: give real.split=DATA/val, real.folder= or real.coco="
+            )
+        if self.filtered_share and not self.real.is_given:
+            raise ConfigError(
+                "filtered_share leaves out some of the real pictures: give real.split=, real.folder= or real.coco="
             )
         if self.pairs < LEAST_PAIRS:
             raise ConfigError(f"pairs={self.pairs} must be at least {LEAST_PAIRS}: lpips of fewer says nothing")
@@ -154,17 +158,22 @@ class PictureEvaluation:
     def _refuse_training_as_real(self) -> None:
         if {"real", "train"} <= self.sources.keys():
             real, train = self.sources["real"], self.sources["train"]
-            if real.fingerprint == train.fingerprint:
+            if whole(real).fingerprint == whole(train).fingerprint:
                 raise ConfigError(f"real and train are both {real.where}: real pictures must be ones not trained on")
 
     def _refuse_too_few(self) -> None:
         counts = {side: len(source) for side, source in self.sources.items() if side != "train"}
+        filtered = {}
+        if self.cfg.filtered_share:
+            filtered = {"filtered real": counts["real"] - round(self.cfg.filtered_share * counts["real"])}
         for metric in self.cfg.metrics:
-            sides = {"drawn": counts["drawn"]} if metric in ONE_SIDED else counts
+            sides = {"drawn": counts["drawn"]} if metric in ONE_SIDED - {Metric.vendi} else counts
+            if metric not in ONE_SIDED | {Metric.memorisation}:
+                sides = {**counts, **filtered}
             widths = [self.nets[name].width for name in self.cfg.features] if metric is Metric.fid else [0]
             refuse_too_few(metric, sides, max(widths))
         if (
-            min(counts.values()) <= self.cfg.neighbours
+            min([*counts.values(), *filtered.values()]) <= self.cfg.neighbours
             and {Metric.precision_recall, Metric.density_coverage} & self.metrics
         ):
             raise ConfigError(f"neighbours={self.cfg.neighbours} must be below the number of pictures")
@@ -186,15 +195,17 @@ class PictureEvaluation:
         return size
 
     def _captions(self) -> dict[str, list[str]]:
-        """Of drawn pictures and, where they have any, real ones, if they are looked at."""
-        if not self.metrics & {Metric.clip_score, Metric.r_precision, Metric.lpips}:
-            return {}
-        needed = self.metrics & {Metric.clip_score, Metric.r_precision}
+        """Of drawn pictures and, where they have any, real ones, if they are read; for lpips of drawn ones, if all have one."""
         found = {}
-        for side in ("drawn", "real"):
-            source = self.sources.get(side)
-            if source is not None and ((side == "drawn" and needed) or source.captions(0)):
-                found[side] = [caption_of(source, i) for i in range(len(source))]
+        if self.metrics & {Metric.clip_score, Metric.r_precision}:
+            for side in ("drawn", "real"):
+                source = self.sources.get(side)
+                if source is not None and (side == "drawn" or source.captions(0)):
+                    found[side] = [caption_of(source, i) for i in range(len(source))]
+        elif Metric.lpips in self.metrics:
+            drawn = self.sources["drawn"]
+            first = [next(iter(drawn.captions(i)), "") for i in range(len(drawn))]
+            found = {"drawn": first} if all(first) else {}
         if Metric.r_precision in self.metrics:
             refuse_few_captions(found["drawn"])
         return found

@@ -8,7 +8,7 @@ import typer
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 
-from unclip.cli.train import CONF, forced
+from unclip.cli.train import CONF, forced, with_init
 from unclip.config import typed
 from unclip.errors import ConfigError
 from unclip.models import Interface
@@ -96,7 +96,10 @@ def read(arguments: Sequence[str]) -> tuple[PlanSettings, TrainConfig, str]:
             raw = compose(f"train_{stage}", [forced(argument) for argument in [*needed, *others]])
     except HydraException as error:
         raise ConfigError(f"{error}; is {stage} the stage? Say stage=clip, prior, decoder or upsampler") from error
-    return settings, typed(raw, ROOTS[stage]), stage
+    cfg = typed(raw if stage == "clip" else with_init(raw, stage), ROOTS[stage])
+    if getattr(cfg, "lora_rank", 0) or getattr(getattr(cfg, "model", None), "lora_rank", 0):
+        raise ConfigError("unclip plan follows whole weights, not adapters: leave out lora_rank")
+    return settings, cfg, stage
 
 
 def _dict_config(values: dict[str, str]) -> Any:

@@ -53,11 +53,13 @@ def repaint(
     noise: Noise,
     cfg: RePaint,
     *,
+    temperature: float = 1.0,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """(B, *denoiser.shape): ``known`` where ``mask`` (broadcast against it, bool) is False, drawn where it is True.
 
-    Steps as in ancestral sampling; before each, the known part is the noised truth of that level (algorithm 1).
+    Steps as in ancestral sampling, their noise times ``temperature``; before each, the known part is the noised truth of that
+    level (algorithm 1).
     """
     schedule = denoiser.schedule.to(known.device)
     moves = cfg.moves(len(schedule))
@@ -79,7 +81,7 @@ def repaint(
         log_var = posterior.log_var if prediction.log_var is None else prediction.log_var
         x_t, truth = posterior.mean, known.float()
         if step > 0:
-            x_t = x_t + (0.5 * log_var).exp() * drawn
+            x_t = x_t + temperature * (0.5 * log_var).exp() * drawn
             truth = schedule.q_sample(step - 1, truth, noise.normal(denoiser.shape, f"known {number}"))
         x_t = torch.where(mask, x_t, truth)
         level, done = level - 1, done + 1

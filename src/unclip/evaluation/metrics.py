@@ -85,11 +85,11 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ranks(queries: Tensor, query_group: Tensor, items: Tensor, item_group: Tensor, chunk: int) -> Tensor:
-    """(N,) for each query: how many wrong items score at least as high as its best right one."""
+    """(N,) for each query: how many wrong items score at least as high as its best right one; NaN is never a hit."""
     ranks = []
     for start in range(0, len(queries), chunk):
         scores = queries[start : start + chunk] @ items.T
         right = query_group[start : start + chunk, None] == item_group
         best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(((scores >= best) & ~right).sum(dim=1))
+        ranks.append((~(scores < best) & ~right).sum(dim=1))
     return torch.cat(ranks)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -116,11 +117,15 @@ class SplitSource:
         return self.shards.image(i)
 
     def captions(self, i: int) -> list[str]:
-        return [self.shards.caption(i)]
+        caption = self.shards.caption(i)
+        return [caption] if caption else []
 
 
 class CocoSource:
-    """Pictures and captions in the format of COCO's caption annotations, by picture number."""
+    """Pictures and captions in the format of COCO's caption annotations, by picture number.
+
+    The fingerprint is of the annotations and of the pictures' sizes and times: there are too many to read all of them first.
+    """
 
     def __init__(self, folder: str, split: str) -> None:
         self.where = f"{folder}/{split}"
@@ -131,7 +136,7 @@ class CocoSource:
                 "as annotations_trainval2014.zip and val2014.zip of https://cocodataset.org/#download unpack"
             )
         raw = path.read_bytes()
-        self.fingerprint = hashlib.sha256(raw).hexdigest()
+        listed = hashlib.sha256(raw)
         try:
             content: dict[str, Any] = json.loads(raw)
             self.names = {int(image["id"]): str(image["file_name"]) for image in content["images"]}
@@ -142,6 +147,11 @@ class CocoSource:
             raise DataError(f"{path} is not in the format of COCO's captions ({error!r})") from error
         self.numbers = sorted(self.names)
         self._captions = {number: [text for _, text in sorted(notes)] for number, notes in found.items()}
+        for i in range(len(self.numbers)):
+            with suppress(FileNotFoundError):  # told when it is read
+                state = (Path(self.where) / self.key(i)).stat()
+                listed.update(f"{self.key(i)} {state.st_size} {state.st_mtime_ns}\n".encode())
+        self.fingerprint = listed.hexdigest()
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -181,6 +191,11 @@ class Part:
 
     def _at(self, i: int) -> int:
         return i * len(self.source) // self.num
+
+
+def whole(source: Source) -> Source:
+    """The source that this one is a part of, or itself."""
+    return source.source if isinstance(source, Part) else source
 
 
 def open_source(cfg: SourceConfig, name: str) -> Source:

@@ -140,6 +140,7 @@ class CLIP(nn.Module):
         for module in list(self.model.modules()):
             if isinstance(module, ResidualAttentionBlock) and isinstance(module.attn, nn.MultiheadAttention):
                 module.add_module("attn", Attention(module.attn))
+        self._check_tower()
         if cfg.freeze_image:
             self.model.lock_image_tower(cfg.unlocked_image_groups, freeze_bn_stats=True)
         if cfg.freeze_text:
@@ -157,6 +158,18 @@ class CLIP(nn.Module):
         own = self.interface()
         if interface is not None and interface.embed_dim and replace(interface, clip="") != own:
             raise ArtifactError(f"the configuration builds a CLIP with {own}, but {interface} is asked for")
+
+    def _check_tower(self) -> None:
+        """Refuse what open_clip's towers other than transformers cannot do."""
+        if self.cfg.lora_rank and not self._blocks(self.model.visual):
+            raise ConfigError(
+                "model.lora_rank adapts the matrices of transformers, which this CLIP's picture tower is not: set it to 0, and "
+                "perhaps model.freeze_image=true"
+            )
+        if self.cfg.unlocked_image_groups and hasattr(self.model.visual, "attnpool"):
+            raise ConfigError(
+                "a ResNet is frozen as a whole: set model.unlocked_image_groups=0, or model.freeze_image=false"
+            )
 
     def interface(self) -> Interface:
         """Widths for the later stages; ``clip`` is empty, the artifact's hash fills it."""
@@ -244,6 +257,10 @@ class CLIP(nn.Module):
 
     def learning_rate_scales(self, decay: float) -> dict[str, float]:
         """By parameter name, decay^(layers above it): the input embeddings of a tower learn slowest (Clark et al. 2020)."""
+        if not self._blocks(self.model.visual):
+            raise ConfigError(
+                "optim.layer_decay grades the layers of transformers, which this CLIP's picture tower is not: set it to 1"
+            )
         depths = {"visual.": len(self._blocks(self.model.visual)), "": len(self._blocks(self.model))}
         return {
             name: decay ** _layers_above(name.removeprefix("model."), depths) for name, _ in self.named_parameters()
@@ -269,12 +286,21 @@ def _layers_above(name: str, depths: dict[str, int]) -> int:
 def interpolate(start: nn.Module, tuned: nn.Module, share: float) -> None:
     """Make ``tuned`` (1 - share) * start + share * tuned, weight by weight (WiSE-FT; Wortsman et al. 2022).
 
-    Raises :class:`ConfigError` where the two are not of one architecture.
+    Raises :class:`ConfigError` where the two are not of one architecture, and for batch norms, whose statistics a mixture lacks.
     """
-    ours, theirs = start.state_dict(), tuned.state_dict()
+    counts = "num_batches_tracked"  # which a frozen batch norm lacks
+    ours, theirs = (
+        {name: value for name, value in model.state_dict().items() if not name.endswith(counts)}
+        for model in (start, tuned)
+    )
     if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in theirs.items()}:
         raise ConfigError(
             "the two CLIPs are of different architectures; WiSE-FT mixes a CLIP with its own fine-tuned form"
+        )
+    if any(name.endswith("running_var") and not torch.equal(value, ours[name]) for name, value in theirs.items()):
+        raise ConfigError(
+            "WiSE-FT of trained batch norms (a CLIP's ResNet): nobody knows their statistics for the mixed weights. Fine-tune with "
+            "model.freeze_image=true to mix the captions' towers"
         )
     for name, value in theirs.items():
         value.copy_(torch.lerp(ours[name].float(), value.float(), share))

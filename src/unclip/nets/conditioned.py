@@ -60,7 +60,7 @@ class ConditioningConfig:
     ``image``: z_i, added to the timestep embedding and as ``num_image_tokens`` context tokens (paper §2.1).
     ``text``: the caption path. ``text_emb``: z_t, added to the timestep embedding (Karlo; not in the paper).
     ``context_dim``: width of a context token. ``null_image`` and ``null_text``: what stands for a dropped z_i and for a
-    dropped caption. ``sketch``: a picture made of all these, see :class:`SketchConfig`.
+    dropped caption. ``sketch``: a picture made of z_i, z_t and a caption that the decoder reads itself, see :class:`SketchConfig`.
     """
 
     image: bool = True
@@ -80,6 +80,11 @@ class ConditioningConfig:
             raise ValueError(
                 f"num_image_tokens={self.num_image_tokens} and context_dim={self.context_dim} must be at least 1; "
                 "a decoder without z_i has image=false"
+            )
+        if self.sketch.size and not (self.image or self.text_emb or self.text.is_own):
+            raise ValueError(
+                "a sketch shows z_i, z_t or a caption that the decoder reads itself, of which there is none: set image or text_emb "
+                "to true, or sketch.size=0"
             )
         if self.null_text is not NullText.zero and not self.reads_text:
             raise ValueError(

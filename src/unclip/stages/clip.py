@@ -1,9 +1,11 @@
 """CLIP: contrastive training; validation by retrieval both ways and by the rank of z_i, which the paper's SAM lowers."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from unclip.config import OnNonfinite
 from unclip.data.batch import Batch
+from unclip.errors import ConfigError
 from unclip.evaluation.metrics import effective_rank, num_components, retrieval, spectrum
 from unclip.evaluation.rows import Rows
 from unclip.models.contrastive import of_all_ranks
@@ -15,6 +17,11 @@ class ClipStage(Stage):
 
     def bind(self) -> None:
         super().bind()
+        has_batch_norms = any(isinstance(module, nn.BatchNorm2d) for module in self.model.modules())
+        if has_batch_norms and self.trainer_cfg.on_nonfinite is OnNonfinite.skip:
+            raise ConfigError(
+                "trainer.on_nonfinite=skip with batch norms (a CLIP's ResNet), whose statistics a NaN spoils for good: take stop"
+            )
         self._encode = torch.compile(self.model.features) if self.trainer_cfg.compile else self.model.features
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
