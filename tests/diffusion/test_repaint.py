@@ -54,7 +54,7 @@ def test_a_low_temperature_adds_less_noise():
         for t in (1.0, 0.5, 0.0)
     ]
     assert abs(spreads[0] - (1 - RHO**2) ** 0.5) < 0.1
-    assert spreads[0] > 1.2 * spreads[1] > 1.2 * spreads[2]
+    assert spreads[0] > 1.1 * spreads[1] > 1.1 * spreads[2]  # the noise of the known part stays
 
 
 def test_a_schedule_without_moves_is_refused():
