@@ -151,6 +151,7 @@ class Chain:
         self, cond: Cond, seeds: Sequence[int], how: Sampling, jobs: Sequence[Job], on_step: OnStep | None = None
     ) -> Tensor:
         _refuse_nonfinite(cond.image_emb)
+        assert how.decoder is not None
         size = self.base_size(how)
         known, mask = known_parts(jobs, size)
         noise = Noise(seeds, self.device).branch("decoder")
