@@ -94,7 +94,8 @@ def on_meta(case: str) -> tuple[Any, Batch]:
     name, raw, _ = CASES[case]
     cfg: Any = from_plain(raw, REGISTRY[name][0])
     own = Interface() if name in ("clip", "upsampler") else INTERFACE
-    model, batch = build(cfg, own), example(cfg, own, 4).to("meta")
+    model = build(cfg, own)
+    batch = example(model, own, 4).to("meta")
     if name == "ar_prior":  # which trains on what its fit found
         model.pca.fit([torch.randn(32, own.embed_dim)], num_components=4)
         model.buckets.fit(torch.randn(32, 4), uniform_edges(torch.ones(4), cfg.num_buckets, 3.0), cfg.bucket_value)
