@@ -53,7 +53,8 @@ def arguments() -> argparse.Namespace:
 def draw_all(choice: argparse.Namespace, cells: list[Path]) -> None:
     """Every cell draws the same captions with its own seed; once, the decoder draws from the real pictures' z_i."""
     kinds = ("clip", "decoder", "upsampler")
-    others = [path for path in sorted(choice.chain.iterdir()) if artifact.kind_named(path.name) in kinds]
+    runs = [path for path in sorted(choice.chain.iterdir()) if artifact.is_there(path)]
+    others = [path for path in runs if artifact.kind_named(path.name) in kinds]
     chain = {"chain": [artifact.read_manifest(path).hash for path in others], "asked": choice.num}
     origins = {cell: {**chain, "prior": artifact.read_manifest(cell).hash} for cell in cells}
     todo = [cell for cell in cells if not is_of(cell / f"{DRAWN}.json", origins[cell])]

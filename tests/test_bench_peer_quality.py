@@ -355,31 +355,32 @@ def test_the_page_of_results_has_the_figures_of_complete_pieces(
     assert row.count("peer_quality.py --data DATA/64") == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"sampling": {"curve": {"unclip": 99}}}, "differ in sampling"),
-        ({"built": {"settings": {"temperature": 1.0}}}, "differ in built"),
-        ({"piece": {"minutes": 2.0}}, "are of other budgets or learning rates"),
-        ({"piece": {"lr": 1.0, "seed": 0}}, "are of other budgets or learning rates"),
-    ],
-    ids=str,
-)
-def test_pieces_of_different_recipes_are_not_joined(
-    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any], message: str
+@pytest.mark.parametrize("change", [{"minutes": 2.0}, {"lr": 1.0}, {"lr": 1.0, "seed": 0}], ids=str)
+def test_budgets_and_learning_rates_are_not_joined(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: dict[str, Any]
 ):
     plan, _ = bench.plans(smoke=True, minutes=None)
     complete = made(bench, monkeypatch, tmp_path, "--untuned").run(plan)
     records = bench.Records(tmp_path / "out")
     pieces = [piece for of in complete.values() for piece, _ in of]
     records.refuse_mixtures(pieces)
-    second = next(piece for piece in pieces if (piece.side, piece.seed) == ("unclip", 1))
-    record = json.loads(records.path(second).read_text())
-    records.path(second).unlink()
-    changed = dataclasses.replace(second, **change.pop("piece", {}))
-    records.write(changed, {key: value for key, value in (record | change).items() if key != "piece"})
-    with pytest.raises(SystemExit, match=message):
-        records.refuse_mixtures(changed if piece == second else piece for piece in pieces)
+    other = dataclasses.replace(next(piece for piece in pieces if (piece.side, piece.seed) == ("unclip", 1)), **change)
+    with pytest.raises(SystemExit, match=r"are of other budgets or learning rates.*another --out"):
+        records.refuse_mixtures([*pieces, other])
+
+
+@pytest.mark.parametrize("what", ["sampling", "built"])
+def test_a_piece_of_another_recipe_stops_before_anything_is_trained(
+    bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, what: str
+):
+    plan, _ = bench.plans(smoke=True, minutes=None)
+    first = made(bench, monkeypatch, tmp_path, "--untuned", "--seeds", "1")
+    complete = first.run(plan)
+    first.records.change(complete["unclip"][0][0], **{what: "another"})
+    later = made(bench, monkeypatch, tmp_path, "--untuned")
+    with pytest.raises(SystemExit, match=rf"was made by another recipe \({what} another, of prior-unclip"):
+        later.run(plan)
+    assert later.workers["unclip"].asked.count("train") == 0
 
 
 def test_a_snapshot_that_is_gone_is_named(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

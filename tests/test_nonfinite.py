@@ -76,7 +76,7 @@ def test_the_same_run_goes_on_with_such_steps_left_out(cfg: ClipTrainConfig, poi
 
 def test_batch_norms_are_not_trained_on_with_steps_left_out(cfg: ClipTrainConfig) -> None:
     """A NaN in an activation would stay in their running statistics."""
-    cfg.model = replace(cfg.model, image_size=32, vision_width=4, vision_blocks=[1, 1, 1, 1])
+    cfg.model = CLIPConfig(image_size=32, vision_width=4, vision_blocks=[1, 1, 1, 1])
     cfg.trainer.on_nonfinite = OnNonfinite.skip
     with pytest.raises(ConfigError, match="whose statistics a NaN spoils for good: take stop"):
         train(cfg)

@@ -24,9 +24,14 @@ from unclip.train import UpsamplerTrainConfig, train
 
 pytestmark = pytest.mark.timeout(300)
 STEPS = 100  # enough for a signal to fall into on a busy machine
-OPTIONS = TINY | {
-    "resnet": [*TINY["clip"], "model.image_size=32", "model.vision_width=4", "model.vision_blocks=[1,1,1,1]"]
+RESNET = {
+    "image_size": "32",
+    "vision_width": "4",
+    "vision_layers": "4",
+    "vision_heads": "3",
+    "vision_blocks": "[1,1,1,1]",
 }
+OPTIONS = TINY | {"resnet": [*TINY["clip"], *(f"model.{name}={value}" for name, value in RESNET.items())]}
 COMMANDS = {"clip": "train-clip", "prior": "train-prior", "decoder": "train-decoder", "upsampler": "train-upsampler"}
 COMMANDS["resnet"] = "train-clip"
 

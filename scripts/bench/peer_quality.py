@@ -155,7 +155,6 @@ class Bench:
                 if self.judged(plan, piece, rival) and piece.side == THEIRS:
                     rival = self.records.points(piece)
             measured += pair
-        self.records.refuse_mixtures(piece for piece in measured if self.records.read(piece) is not None)
         complete = self.records.complete().get(plan.stage, {})
         return {
             side: [(piece, points) for piece, points in complete.get(side, []) if piece in measured] for side in rates
@@ -196,14 +195,16 @@ class Bench:
                         f"{here[what]}): go on with that one, or remove the file"
                     )
         say(f"training {piece.name}, {piece.minutes:g} minutes")
-        built = self.build(plan, piece)
+        recipe = {
+            "built": self.build(plan, piece),
+            "sampling": {"curve": plan.curve, "readme": plan.readme, "guidance": plan.guidance},
+        }
+        self.records.refuse_unlike(piece, recipe)
         found = self.workers[piece.side].ask(
             "train", seconds=60 * piece.minutes, lr=piece.lr, seed=piece.seed, parts=plan.parts_of(piece),
             folder=str(self.scratch(piece)),
         )  # fmt: skip
-        sampling = {"curve": plan.curve, "readme": plan.readme, "guidance": plan.guidance}
-        record = {"training": found, "built": built, "shape": plan.shape, "sampling": sampling, "points": []}
-        self.records.write(piece, {**here, **record})
+        self.records.write(piece, {**here, **recipe, "training": found, "shape": plan.shape, "points": []})
 
     def judged(self, plan: Plan, piece: Piece, rival: Sequence[Point]) -> bool:
         """Judge the snapshots that are wanted; whether the piece is complete then. SystemExit for another CLIP's snapshots and for

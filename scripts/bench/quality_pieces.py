@@ -97,21 +97,24 @@ class Records:
         assert record is not None
         self.write(piece, {name: value for name, value in {**record, **values}.items() if name != "piece"})
 
-    def refuse_mixtures(self, pieces: Iterable[Piece]) -> None:
-        """SystemExit where pieces of one stage and side, which go into one figure, were not made alike, or a seed occurs twice."""
-        first: dict[tuple[str, str], tuple[Piece, dict[str, Any]]] = {}
-        seeds: dict[tuple[str, str, int], Piece] = {}
-        for piece in pieces:
-            record = self.read(piece) or {}
-            other, theirs = first.setdefault((piece.stage, piece.side), (piece, record))
-            twice = seeds.setdefault((piece.stage, piece.side, piece.seed), piece)
-            for what in ("sampling", "built"):
-                if record.get(what) != theirs.get(what):
+    def refuse_unlike(self, piece: Piece, recipe: dict[str, Any]) -> None:
+        """SystemExit where another piece of this stage, side and budget was made by another recipe: their figures go together, or
+        one chose the other's learning rate."""
+        for path in sorted(self.folder.glob(f"{piece.stage}-{piece.side}-{piece.minutes:g}min-*.json")):
+            there = json.loads(path.read_text())
+            for what, here in recipe.items():
+                if there[what] != here:
                     raise SystemExit(
-                        f"{self.path(piece)} and {self.path(other)} differ in {what} ({record.get(what)}, "
-                        f"{theirs.get(what)}): remove one, and it is trained again"
+                        f"{path} was made by another recipe ({what} {there[what]}, of {piece.name} {here}): remove it to train it "
+                        "again, or give another --out and --scratch"
                     )
-            if (piece.minutes, piece.lr) != (other.minutes, other.lr) or twice != piece:
+
+    def refuse_mixtures(self, pieces: Iterable[Piece]) -> None:
+        """SystemExit where pieces of one stage and side are of several budgets or learning rates: no figure can be made of them."""
+        first: dict[tuple[str, str], Piece] = {}
+        for piece in pieces:
+            other = first.setdefault((piece.stage, piece.side), piece)
+            if (piece.minutes, piece.lr) != (other.minutes, other.lr):
                 raise SystemExit(
                     f"{self.path(piece)} and {self.path(other)} are of other budgets or learning rates: no figure can be made "
                     "of both, so keep trials in another --out"

@@ -6,7 +6,7 @@ norms, which stand beside their weight's (``["ema_running_mean"]``, ``["ema_runn
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,12 +23,15 @@ from unclip.muon import is_hidden_matrix, muon_step
 class AdamWEMA(torch.optim.AdamW):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019) and an exponential moving average of the weights."""
 
-    def __init__(self, groups: list[dict[str, Any]], cfg: OptimConfig) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], cfg: OptimConfig, batch_norms: Sequence[nn.BatchNorm2d] = ()
+    ) -> None:
+        """``batch_norms``: those whose running statistics are averaged."""
         self.ema_decay = cfg.ema_decay
         self.exponents = {f"ema_profile_{i}": exponent(width) for i, width in enumerate(cfg.ema_profiles)}
         super().__init__(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.eps, fused=True)
         self._trained: list[tuple[Tensor, Tensor]] = []  # weights and their trained values, within ema_weights
-        self.batch_norms: list[nn.BatchNorm2d] = []
+        self.batch_norms = batch_norms
         for group in self.param_groups:
             group["updates"] = 0
 
@@ -150,13 +153,12 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> AdamWEMA:
             groups.setdefault((muon, scale, not decays, p.ndim == 0), []).append(p)
     if not groups:
         raise ConfigError("nothing is left to train: all weights are frozen")
-    batch_norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    if batch_norms and cfg.ema_profiles:
+    if batch_norms_of(model) and cfg.ema_profiles:
         raise ConfigError(
             "optim.ema_profiles with batch norms (a CLIP's ResNet), whose statistics an average made after training would lack: "
             "leave it empty"
         )
-    optimizer = AdamWEMA(
+    return AdamWEMA(
         [
             {
                 "params": groups[muon, scale, plain, scalar],
@@ -167,9 +169,13 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> AdamWEMA:
             for muon, scale, plain, scalar in sorted(groups)
         ],
         cfg,
+        batch_norms_of(model),
     )
-    optimizer.batch_norms = batch_norms
-    return optimizer
+
+
+def batch_norms_of(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """The modules with running statistics that training moves (a frozen tower's are of another class)."""
+    return [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
 
 
 def _learning_rate_scales(model: Any, layer_decay: float) -> dict[str, float]:

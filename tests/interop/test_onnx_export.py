@@ -19,6 +19,7 @@ from unclip.cli.app import app
 from unclip.errors import ArtifactError, ConfigError
 from unclip.interop import onnx_export
 from unclip.interop.onnx_steps import steps_of
+from unclip.models.clip import CLIP, CLIPConfig
 from unclip.nets.conditioned import SketchConfig
 
 pytest.importorskip("onnxruntime")
@@ -112,6 +113,13 @@ def test_a_decoder_that_draws_a_sketch(tmp_path: Path):
     [plain] = outputs(tmp_path / "decoder.onnx", step.inputs)
     step.module.sketch.out.bias.data += 1  # type: ignore[union-attr]
     assert np.abs(step.run(step.inputs)[0].detach().numpy() - plain).max() > 0.01  # the sketch was in it
+
+
+def test_a_clip_with_a_resnet(tmp_path: Path):
+    clip = CLIP(CLIPConfig(image_size=32, vision_width=4, vision_blocks=[1, 1, 1, 1], text_layers=1)).eval()
+    image = next(step for step in steps_of("clip", clip) if step.name == "clip_image")
+    onnx_export.write(image, tmp_path / "clip_image.onnx")
+    assert onnx_export.check(image, tmp_path / "clip_image.onnx") <= onnx_export.TOLERANCE
 
 
 @pytest.mark.slow

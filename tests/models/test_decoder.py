@@ -120,7 +120,9 @@ def test_a_decoder_may_be_trained_on_z_t_in_place_of_z_i():
 
 
 class Recorder(torch.nn.Module):
-    """A net that keeps what the model hands it."""
+    """A net that keeps what the model hands it, and stands for its own context."""
+
+    sketch = None
 
     def __init__(self):
         super().__init__()

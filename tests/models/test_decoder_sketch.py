@@ -20,17 +20,14 @@ WIDTHS = ClipWidths(INTERFACE.embed_dim, INTERFACE.text_width, INTERFACE.context
 def test_the_sketch_learns_the_mean_picture_of_its_condition():
     """Two conditions with two pictures each, which differ in one channel: what is left of the loss is their variance."""
     torch.manual_seed(0)
-    model = make(randomise=False, conditioning=replace(SKETCHED, text=DecoderText.none)).train()
+    model = make(randomise=False, drop_image=0.0, conditioning=replace(SKETCHED, text=DecoderText.none)).train()
     batch = make_batch(4)
     batch.image_emb = batch.image_emb[[0, 0, 1, 1]]
     batch.image = batch.image[[0, 0, 1, 1]].clone()
     batch.image[[0, 2], 0], batch.image[[1, 3], 0] = 0, 255
     optimizer = torch.optim.Adam(model.net.parameters(), lr=0.02)
     for step in range(400):
-        noise = Noise.at(step, batch.position)
-        keep_all = replace(model.cfg, drop_image=0.0)
-        model.cfg = keep_all
-        loss = model.losses(batch, noise)["sketch"]
+        loss = model.losses(batch, Noise.at(step, batch.position))["sketch"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

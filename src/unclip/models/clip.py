@@ -4,6 +4,7 @@ Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural L
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +42,7 @@ class CLIPConfig(ModelConfig):
 
     ``vision_blocks``: in place of a vision transformer CLIP's ResNet with attention pooling (Radford et al. 2021, sec. 2.4), so
     many blocks in each of its four stages ([3, 4, 6, 3] is RN50's) and ``vision_width`` channels to begin with; ``patch_size``,
-    ``vision_layers`` and ``vision_heads`` do not apply then. On a few thousand pictures it learns more from each.
+    ``vision_layers`` and ``vision_heads`` do not apply then and must keep their defaults.
     """
 
     name: str = ""
@@ -76,12 +77,15 @@ class CLIPConfig(ModelConfig):
             raise ConfigError("model.lora_rank freezes all weights and adapts both towers: leave out model.freeze_*")
         if self.name:
             names = list(CLIPConfig.__dataclass_fields__)
-            small = names[names.index("embed_dim") :]
-            changed = [key for key in small if getattr(self, key) != CLIPConfig.__dataclass_fields__[key].default]
-            if changed:
-                raise ConfigError(f"model.{changed[0]} has no effect with model.name={self.name}; remove one of them")
+            self._refuse_changed(names[names.index("embed_dim") :], f"model.name={self.name}")
         else:
             self._check_small()
+
+    def _refuse_changed(self, names: Sequence[str], why: str) -> None:
+        """Settings that have no effect must keep their defaults."""
+        changed = [key for key in names if getattr(self, key) != CLIPConfig.__dataclass_fields__[key].default]
+        if changed:
+            raise ConfigError(f"model.{changed[0]} has no effect with {why}; remove one of them")
 
     def _check_small(self) -> None:
         if self.text_width % self.text_heads:
@@ -89,11 +93,12 @@ class CLIPConfig(ModelConfig):
                 f"model.text_width={self.text_width} is not a multiple of its text_heads={self.text_heads}"
             )
         if self.vision_blocks is not None:
+            self._refuse_changed(("patch_size", "vision_layers", "vision_heads"), "model.vision_blocks")
             if len(self.vision_blocks) != 4 or min(self.vision_blocks) < 1:
                 raise ConfigError(
                     f"model.vision_blocks={self.vision_blocks}: give the blocks of four stages, as [1,1,1,1]"
                 )
-            if self.image_size % RESNET_STRIDE or self.vision_width % 2:
+            if self.image_size < 1 or self.vision_width < 1 or self.image_size % RESNET_STRIDE or self.vision_width % 2:
                 raise ConfigError(
                     f"a ResNet (model.vision_blocks) reads pictures whose side is a multiple of {RESNET_STRIDE} and has an even "
                     f"vision_width, not {self.image_size} and {self.vision_width}"
@@ -364,8 +369,7 @@ class Tokenizer:
 
 
 def _small(config: CLIPConfig) -> dict[str, Any]:
-    blocks = config.vision_blocks
-    head_width = config.vision_width // config.vision_heads
+    blocks, heads = config.vision_blocks, config.vision_heads
     return {
         "embed_dim": config.embed_dim,
         "quick_gelu": bool(config.quick_gelu),
@@ -374,7 +378,7 @@ def _small(config: CLIPConfig) -> dict[str, Any]:
             "patch_size": config.patch_size,
             "width": config.vision_width,
             "layers": config.vision_layers if blocks is None else blocks,
-            "head_width": head_width if blocks is None else RESNET_HEAD_WIDTH,
+            "head_width": config.vision_width // heads if blocks is None else RESNET_HEAD_WIDTH,
         },
         "text_cfg": {
             "context_length": config.context_length,

@@ -37,8 +37,8 @@ class DecoderText(Enum):
 class SketchConfig:
     """A small picture drawn from the condition alone: its mean picture, as a perceptron learns it from a loss of its own.
 
-    ``size``: its side in pixels, 0 for none; ``width`` of the perceptron. The U-Net sees it beside the noised picture. A U-Net
-    takes long to turn a vector into outlines, since its layers work alike everywhere; a perceptron needs minutes. Not in the paper.
+    ``size``: its side in pixels, 0 for none; ``width`` of the perceptron. The U-Net sees it beside the noised picture, since a
+    perceptron learns outlines from a vector sooner than a U-Net does (docs/recipes.md). Not in the paper.
     """
 
     size: int = 0
@@ -98,23 +98,24 @@ class ConditioningConfig:
 
 
 class TextProj(nn.Module):
-    """Turns z_i, z_t and the caption into context tokens and an addition to the timestep embedding.
+    """Turns z_i, z_t and the caption into context tokens and one vector: the addition to the timestep embedding and, behind it,
+    what a sketch is drawn from.
 
     Names and maths are those of diffusers' UnCLIPTextProjModel; ``transformer``, ``token_embedding`` and
     ``pooled_proj`` exist for captions that the decoder reads itself. Context tokens: those of z_i first, then the caption's.
     """
 
-    def __init__(self, cfg: ConditioningConfig, widths: ClipWidths, time_dim: int):
+    def __init__(self, cfg: ConditioningConfig, widths: ClipWidths, vector_dim: int):
         super().__init__()
-        self.cfg, self.time_dim = cfg, time_dim
+        self.cfg, self.vector_dim = cfg, vector_dim
         embed_dim = widths.embed_dim
         if cfg.image:
-            self.clip_image_embeddings_project_to_time_embeddings = nn.Linear(embed_dim, time_dim)
+            self.clip_image_embeddings_project_to_time_embeddings = nn.Linear(embed_dim, vector_dim)
             self.clip_extra_context_tokens_proj = nn.Linear(embed_dim, cfg.num_image_tokens * cfg.context_dim)
             if cfg.null_image is Null.learned:
                 self.learned_classifier_free_guidance_embeddings = nn.Parameter(torch.zeros(embed_dim))
         if cfg.text_emb:
-            self.embedding_proj = nn.Linear(embed_dim, time_dim)
+            self.embedding_proj = nn.Linear(embed_dim, vector_dim)
             if cfg.null_text is NullText.learned:
                 self.null_text_emb = nn.Parameter(torch.zeros(embed_dim))
         if cfg.text is not DecoderText.none:
@@ -130,9 +131,9 @@ class TextProj(nn.Module):
         if cfg.text is DecoderText.tokens:
             self.token_embedding = nn.Embedding(widths.vocab_size, width)  # N(0, 1): smaller learns late
         if cfg.text.is_own:
-            self.pooled_proj = nn.Linear(width, time_dim)
+            self.pooled_proj = nn.Linear(width, vector_dim)
             if cfg.null_text is NullText.learned:
-                self.null_pooled = nn.Parameter(torch.zeros(time_dim))
+                self.null_pooled = nn.Parameter(torch.zeros(vector_dim))
         if cfg.null_text is NullText.empty:
             states = widths.text_width if cfg.text is DecoderText.clip_states else None
             add_empty_caption(self, embed_dim if cfg.text_emb else None, states)
@@ -143,7 +144,7 @@ class TextProj(nn.Module):
         return self.cfg.context_dim if self.cfg.image or self.cfg.text is not DecoderText.none else 0
 
     def forward(self, cond: Cond, keep: Keep) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The addition to the timestep embedding (B, time_dim), context tokens (B, L, context_dim) and their mask.
+        """The condition as one vector (B, vector_dim), context tokens (B, L, context_dim) and their mask.
 
         The mask (B, L) bool is None where all tokens are real. A condition that is missing counts as dropped.
         """
@@ -153,7 +154,7 @@ class TextProj(nn.Module):
         if self.cfg.null_text is NullText.empty:
             source = "text_seq" if self.cfg.text is DecoderText.clip_states else "tokens"
             cond, keep = with_empty_captions(self, cond, keep.text, source), Keep(image=keep.image)
-        emb = next(self.parameters()).new_zeros(rows, self.time_dim)
+        emb = next(self.parameters()).new_zeros(rows, self.vector_dim)
         tokens, masks = [], []
         if self.cfg.image:
             image = self._rows(cond.image_emb, keep.image, "learned_classifier_free_guidance_embeddings", rows)
@@ -166,7 +167,7 @@ class TextProj(nn.Module):
             emb = emb + self.embedding_proj(self._rows(cond.text_emb, keep.text, "null_text_emb", rows))
         states, mask, pooled = self._caption(cond)
         if self.cfg.text.is_own:
-            emb = emb + self._rows(pooled, keep.text, "null_pooled", rows, self.time_dim)
+            emb = emb + self._rows(pooled, keep.text, "null_pooled", rows, self.vector_dim)
         if states is None:
             return emb, torch.cat(tokens, dim=1) if tokens else None, None
         tokens.append(self.text_encoder_hidden_states_norm(self.encoder_hidden_states_proj(states)))
@@ -194,7 +195,7 @@ class TextProj(nn.Module):
         return proj.in_features
 
     def _caption(self, cond: Cond) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Caption states, their mask, and the caption as one vector of the timestep embedding's width.
+        """Caption states, their mask, and the caption as one vector (B, vector_dim).
 
         That vector is the transformer's last state (GLIDE), or the sum of the n tokens' embeddings / sqrt(n).
         """

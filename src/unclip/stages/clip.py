@@ -1,7 +1,7 @@
 """CLIP: contrastive training; validation by retrieval both ways and by the rank of z_i, which the paper's SAM lowers."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unclip.config import OnNonfinite
 from unclip.data.batch import Batch
@@ -9,6 +9,7 @@ from unclip.errors import ConfigError
 from unclip.evaluation.metrics import effective_rank, num_components, retrieval, spectrum
 from unclip.evaluation.rows import Rows
 from unclip.models.contrastive import of_all_ranks
+from unclip.optim import batch_norms_of
 from unclip.stages.base import Row, Stage
 
 
@@ -17,8 +18,7 @@ class ClipStage(Stage):
 
     def bind(self) -> None:
         super().bind()
-        has_batch_norms = any(isinstance(module, nn.BatchNorm2d) for module in self.model.modules())
-        if has_batch_norms and self.trainer_cfg.on_nonfinite is OnNonfinite.skip:
+        if batch_norms_of(self.model) and self.trainer_cfg.on_nonfinite is OnNonfinite.skip:
             raise ConfigError(
                 "trainer.on_nonfinite=skip with batch norms (a CLIP's ResNet), whose statistics a NaN spoils for good: take stop"
             )

@@ -25,6 +25,7 @@ from unclip.config import Precision
 from unclip.errors import ConfigError
 from unclip.nets.transformer import TransformerBlock
 from unclip.nets.unet import ContextAttention, ResnetBlock
+from unclip.optim import batch_norms_of
 from unclip.stages.parts import Parts, joined, opened, read_last, split, unused_folder, write_part
 
 # What a stage calls of its model, and of a block beside forward: there the weights must be whole.
@@ -41,7 +42,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, precision: Precision) -> None:
     """
     from open_clip.transformer import ResidualAttentionBlock
 
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+    if batch_norms_of(model):
         raise ConfigError("trainer.strategy=fsdp2 with batch norms (CLIP's RN models): take trainer.strategy=ddp")
     policy = MixedPrecisionPolicy()
     if precision is Precision.bf16:
