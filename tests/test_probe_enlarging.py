@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from tiny_chain import write_tiny_chain
 from torch import Tensor
@@ -12,8 +13,9 @@ from typer.testing import CliRunner
 
 from unclip.cli.app import app
 from unclip.data.shapes import write_shapes
-from unclip.errors import ArtifactError, DataError
+from unclip.errors import ArtifactError, ConfigError, DataError
 from unclip.models.pictures import resize
+from unclip.models.sampling import UpsamplerSampling
 from unclip.models.upsampler import Upsampler
 
 
@@ -41,10 +43,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def probe(
-    place: Path, data: str = "data/train", upsampler: str = "runs/upsampler", out: str = "probes"
+    place: Path, *options: str, data: str = "data/train", upsampler: str = "runs/upsampler", out: str = "probes"
 ) -> dict[str, Any]:
     given = ["enlarge-probe", "--upsampler", str(place / upsampler), "--data", str(place / data), "--num", "10"]
-    result = CliRunner().invoke(app, [*given, "--out", str(place / out), "--batch-size", "4"])
+    result = CliRunner().invoke(app, [*given, "--out", str(place / out), "--batch-size", "4", *options])
     if result.exception is not None:
         raise result.exception
     return json.loads((place / out / "enlarging.json").read_text())
@@ -74,6 +76,24 @@ def test_the_rows_are_what_is_known_of_each_way(place: Path, monkeypatch: pytest
         assert sheet.width > 5 * 160
 
 
+def test_tiles_have_a_row_and_borders(place: Path, monkeypatch: pytest.MonkeyPatch):
+    """Tiles of 16 px that overlap by 4 have edges at 12, 16 and 28 of 32 px: with a step at 16 the mean gradient there is 5/3 of
+    a ramp's."""
+    monkeypatch.setattr("unclip.cli.probe_enlarging.PictureFeatures", Pixels)
+
+    def drawn(self: Upsampler, low: Tensor, how: UpsamplerSampling, *_: Any, **__: Any) -> Tensor:
+        grey = 4 * torch.arange(32) + (0 if how.tile is None else 8 * (torch.arange(32) >= 16))
+        assert how.tile is None or (how.tile, how.tile_overlap) == (16, 4)
+        return (grey / 127.5 - 1).expand(len(low), 3, 32, 32)
+
+    monkeypatch.setattr(Upsampler, "sample", drawn)
+    rows = probe(place, "--tile", "16", out="tiles")["rows"]
+    assert list(rows) == ["upsampler", "in tiles", "bicubic", "Lanczos", "the picture"]
+    assert rows["upsampler"]["borders"] == pytest.approx(1)
+    assert rows["in tiles"]["borders"] == pytest.approx(5 / 3)
+    assert list(rows["the picture"]) == ["borders"]
+
+
 def test_what_cannot_be_compared_is_refused(place: Path, tmp_path: Path):
     with pytest.raises(DataError, match=r"of .*small/train is 16 px and the upsampler makes 32: give larger pictures"):
         probe(place, data="small/train", out="x")
@@ -82,4 +102,6 @@ def test_what_cannot_be_compared_is_refused(place: Path, tmp_path: Path):
         probe(place, data=str(tmp_path / "few" / "train"), out="x")
     with pytest.raises(ArtifactError, match="decoder"):
         probe(place, upsampler="runs/decoder", out="x")
+    with pytest.raises(ConfigError, match="--tile 32 is not smaller than the upsampler's pictures of 32 px"):
+        probe(place, "--tile", "32", out="x")
     assert not (place / "x").exists()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from unclip.nets.conditioned import UpsamplerNet
-from unclip.nets.tiles import _Norms, blend, in_tiles, places, places_along
+from unclip.nets.tiles import _Norms, blend, border_ratio, in_tiles, places, places_along
 from unclip.nets.unet import UNetConfig
 
 
@@ -80,20 +80,6 @@ def test_with_the_whole_pictures_norms_the_tiles_middles_are_the_whole_picture()
     assert (own - whole[:, :, rows, columns])[:, :, reach:, reach:].abs().max() > 1e-2
 
 
-def border_ratio(picture: Tensor, tile: int, overlap: int) -> float:
-    """Mean gradient across the edges of all tiles over that elsewhere, but for 16 pixels along the picture's own edges."""
-    across, elsewhere = [], []
-    for axis in (2, 3):
-        gradient = picture.diff(dim=axis).abs().mean(dim=(0, 1, 5 - axis))
-        edges = {
-            place for part in places_along(picture.shape[axis], tile, overlap) for place in (part.start, part.stop)
-        }
-        at = torch.tensor([place + 1 in edges for place in range(len(gradient))])
-        across.append(gradient[16:-16][at[16:-16]])
-        elsewhere.append(gradient[16:-16][~at[16:-16]])
-    return float(torch.cat(across).mean() / torch.cat(elsewhere).mean())
-
-
 @torch.no_grad()
 @pytest.mark.parametrize(("channels", "scale_shift"), [([16, 32], False), ([16, 32], True), ([16, 32, 48], False)])
 def test_no_seams_where_plain_tiles_have_them(channels: list[int], scale_shift: bool):
@@ -105,6 +91,16 @@ def test_no_seams_where_plain_tiles_have_them(channels: list[int], scale_shift: 
         plain[:, :, rows, columns] = net(x_t[:, :, rows, columns], timestep, context.cut(rows, columns))
     assert border_ratio(plain, 64, 0) > 1.5
     assert border_ratio(tiled(net, x_t, low, 64, 32), 64, 32) <= 1.1
+
+
+def test_the_border_ratio_of_known_pictures():
+    ramp = torch.arange(96.0).expand(1, 1, 96, 96)
+    ramp = ramp + ramp.mT
+    assert border_ratio(ramp, 64, 32) == pytest.approx(1)
+    steps = ramp + 2 * (
+        torch.arange(96) >= 64
+    )  # the edges at 32 and 64 along each side; one of these four is a step of 3
+    assert border_ratio(steps, 64, 32) == pytest.approx((1 + 1 + 1 + 3) / 4)
 
 
 def test_norms_that_the_forward_pass_leaves_out_are_told():

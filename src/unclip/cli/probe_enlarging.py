@@ -1,5 +1,7 @@
 """``unclip enlarge-probe``: what an upsampler adds to bicubic and Lanczos enlargement of real pictures."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +19,29 @@ from unclip.data.shards import Sample, Shards
 from unclip.data.transforms import load_image
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep
-from unclip.errors import DataError
+from unclip.errors import ConfigError, DataError
 from unclip.evaluation.features import PictureFeatures
 from unclip.evaluation.metrics import kid
 from unclip.evaluation.sheet import draw_table
 from unclip.models.pictures import resize, to_range, to_uint8
+from unclip.models.sampling import UpsamplerSampling
 from unclip.models.upsampler import Upsampler
+from unclip.nets.tiles import border_ratio
 from unclip.report.probe import Cell, Finding
 
 SHOWN = 8
 CELL = 160  # pixels of a picture on the sheet, at least
 
 
-def probe_enlarging(upsampler: Path, split: Path, out: Path, *, num: int, seed: int, batch_size: int) -> Finding:
+def probe_enlarging(
+    upsampler: Path, split: Path, out: Path, *, num: int, seed: int, batch_size: int, tile: int | None
+) -> Finding:
     """Up to ``num`` pictures of one split, reduced and enlarged again: ``enlarging.json|md|png``.
 
     ``distance`` (:meth:`PictureFeatures.distance`) and ``PSNR`` in dB compare with the picture itself, mean over pictures with
     the standard error; ``KID`` x 1000 compares the sets. Low distance and KID: it looks like the real ones; high PSNR: pixel
-    by pixel the same, which smooth pictures are more easily.
+    by pixel the same, which smooth pictures are more easily. With ``tile`` the upsampler also draws in tiles that
+    overlap by a quarter, and ``borders`` is :func:`border_ratio` at their edges, of the picture itself too.
     """
     samples = Shards(split).spread(num)
     if len(samples) < 4:
@@ -47,25 +54,38 @@ def probe_enlarging(upsampler: Path, split: Path, out: Path, *, num: int, seed: 
     size, low_size = model.cfg.image_size, model.cfg.low_size
     real = torch.stack([_picture(sample, size, split) for sample in samples])
     low = to_uint8(resize(to_range(real), low_size))
-    how = model.default_sampling()
+    how = replace(model.default_sampling(), tile=None)
+    ways = {"upsampler": how}
+    if tile is not None:
+        if tile >= size:
+            raise ConfigError(f"--tile {tile} is not smaller than the upsampler's pictures of {size} px")
+        ways["in tiles"] = replace(how, tile=tile, tile_overlap=tile // 4)
+        model.cfg.check(ways["in tiles"])
 
-    def drawn(rows: list[int], on_step: OnStep) -> Tensor:
+    def drawn(how: UpsamplerSampling, rows: list[int], on_step: OnStep) -> Tensor:
         noise = Noise([seed + row for row in rows], device).branch("upsampler")
         with torch.autocast(device, torch.bfloat16):
             return to_uint8(model.sample(to_range(low[rows]).to(device), how, noise, on_step=on_step))
 
     with bar_of(False) as progress:
-        batches = Batches(batch_size, Meter(progress, len(low) * how.sampler.num_steps))
-        by_upsampler = torch.cat(batches.each("upsampler", len(low), how.sampler.num_steps, drawn))
+        steps = how.sampler.num_steps
+        batches = Batches(batch_size, Meter(progress, len(ways) * len(low) * steps))
+        drawings = {
+            name: torch.cat(batches.each(name, len(low), steps, partial(drawn, way))) for name, way in ways.items()
+        }
     enlarged = {
-        "upsampler": by_upsampler,
+        **drawings,
         "bicubic": to_uint8(resize(to_range(low), size)),
         "Lanczos": torch.stack([_lanczos(picture, size) for picture in low]),
     }
     known = features(real)
     rows = {name: _measures(pictures, real, known, features) for name, pictures in enlarged.items()}
+    if tile is not None:
+        rows["the picture"] = {}
+        for name, pictures in {**enlarged, "the picture": real}.items():
+            rows[name]["borders"] = border_ratio(pictures.float(), tile, tile // 4)
     facts: dict[str, Any] = {"pictures": len(real), "seed": seed, "from": low_size, "to": size}
-    facts |= {"steps": how.sampler.num_steps, "artifacts": {"upsampler": manifest.hash}}
+    facts |= {"steps": steps, "tile": tile, "artifacts": {"upsampler": manifest.hash}}
     finding = Finding("enlarging", f"Enlarging {len(real)} pictures, {low_size} to {size} px", rows, facts)
     shown = {"the picture": real, "reduced": low, **enlarged}
     lines = [(samples[i].caption, [_rows(p[i]) for p in shown.values()]) for i in range(min(SHOWN, len(real)))]

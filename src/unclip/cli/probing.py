@@ -100,10 +100,14 @@ def enlarge_probe(
     split: Annotated[Path, typer.Option("--data", exists=True, help="One split of a data set, such as DATA/test.")],
     out: Out,
     num: Annotated[int, typer.Option(min=4, help="Pictures, spread evenly over the split.")] = 200,
+    tile: Annotated[
+        int | None,
+        typer.Option(min=8, help="Also draw in tiles of so many pixels, and measure the gradients at their edges."),
+    ] = None,
     seed: Seed = 0,
     batch_size: BatchSize = 16,
 ) -> None:
     """Real pictures made small and large again: by the upsampler, bicubic, and by Lanczos (needs the extra eval)."""
     from unclip.cli.probe_enlarging import probe_enlarging
 
-    probe_enlarging(upsampler, split, out, num=num, seed=seed, batch_size=batch_size)
+    probe_enlarging(upsampler, split, out, num=num, seed=seed, batch_size=batch_size, tile=tile)

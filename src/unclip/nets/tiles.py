@@ -68,6 +68,21 @@ def blend(tiles: list[slice]) -> dict[int, Tensor]:
     return {tile.start: weight / total[tile] for tile, weight in zip(tiles, weights, strict=True)}
 
 
+def border_ratio(picture: Tensor, tile: int, overlap: int) -> float:
+    """Mean gradient across the edges of all tiles over that elsewhere, of pictures (B, C, H, W): above 1 there may be seams, or
+    the pictures have edges of their own there. The outer eighth of each side does not count."""
+    across, elsewhere = [], []
+    for axis in (2, 3):
+        gradient = picture.diff(dim=axis).abs().mean(dim=(0, 1, 5 - axis))
+        tiles = places_along(picture.shape[axis], tile, overlap)
+        edges = {place for part in tiles for place in (part.start, part.stop)}
+        at = torch.tensor([place + 1 in edges for place in range(len(gradient))])
+        inner = slice(len(at) // 8, len(at) - len(at) // 8)
+        across.append(gradient[inner][at[inner]])
+        elsewhere.append(gradient[inner][~at[inner]])
+    return float(torch.cat(across).mean() / torch.cat(elsewhere).mean())
+
+
 class _Norms:
     """The statistics of a net's group norms: gathered over several inputs, then used for others."""
 
