@@ -21,11 +21,11 @@ setup: .venv/ready ## Create .venv and install unclip with everything the tests 
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: setup ## Train the whole chain on generated shapes and judge it (MINUTES=15)
-	scripts/demo.sh $(MINUTES)
+demo: setup ## Train the whole chain on generated shapes and judge it (MINUTES=15 RUNS=runs/demo)
+	scripts/demo.sh $(strip $(MINUTES) $(RUNS))
 
 emoji: setup ## Train the whole chain on real pictures: emoji (EMOJI_MINUTES=72 of training)
-	scripts/emoji.sh $(EMOJI_MINUTES)
+	scripts/emoji.sh $(strip $(EMOJI_MINUTES) $(RUNS))
 
 setup-slurm: ## Install a SLURM for the tests (Debian or Ubuntu, as root or by sudo); they start it themselves
 	tests/slurm/cluster.sh install

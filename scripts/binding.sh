@@ -32,7 +32,7 @@ if [[ -z $minutes ]]; then
   [[ -n $minutes ]] || fail "$runs/decoder was not trained by the clock: say --minutes"
 fi
 
-threads=${OMP_NUM_THREADS:-$(nproc)}
+threads=${OMP_NUM_THREADS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
 OMP_NUM_THREADS=$(((threads + 1) / 2)) run train-decoder run="$runs/text_decoder" data.path="$runs/data" \
   data.embeddings="$runs/embeddings" experiment=demo_decoder model.conditioning.image=false trainer.max_minutes="$minutes" \
   "${settings[@]}"

@@ -27,7 +27,7 @@ read_options() {
     shift 2
   done
   [[ $# -eq 0 ]] || fail "unknown argument $1; the head of $0 lists the options"
-  half=$(awk -v m="$minutes" 'BEGIN { printf "%.3f", m / 2 }')
+  half=$(LC_ALL=C awk -v m="$minutes" 'BEGIN { printf "%.3f", m / 2 }')
   data=(data.path="$out/data")
   embedded=("${data[@]}" data.embeddings="$out/embeddings")
 }

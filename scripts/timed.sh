@@ -2,20 +2,26 @@
 [[ $minutes =~ ^[0-9]*[.]?[0-9]+$ ]] || { printf 'error: %s is not a number of minutes\n' "$minutes" >&2; exit 2; }
 started=$SECONDS
 mkdir -p "$runs"
+before=$(cat "$runs/minutes" 2>/dev/null || echo "$minutes")
+if [[ $before != "$minutes" ]]; then # a CLIP that trains on would fit neither its embeddings nor the later stages
+  printf 'error: %s holds a chain of %s minutes: give %s again, remove the folder, or name another one (make … RUNS=%s-%s)\n' \
+    "$runs" "$before" "$before" "$runs" "$minutes" >&2
+  exit 2
+fi
+echo "$minutes" >"$runs/minutes"
 [[ -e $runs/timings.jsonl ]] && printf 'Going on in %s with what an earlier call has finished there; times are of this call only.\n' "$runs"
 : >"$runs/timings.jsonl"
 
-share() { awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%.3f", m * s }'; } # of the minutes in all
+share() { LC_ALL=C awk -v m="$minutes" -v s="$1" 'BEGIN { printf "%.3f", m * s }'; } # of the minutes in all
 
 run() {
   printf '\n$ %s\n' "$*"
-  local before=$EPOCHREALTIME
+  local before=$SECONDS
   "$@"
-  awk -v a="$before" -v b="$EPOCHREALTIME" -v c="${*//\"/\\\"}" \
-    'BEGIN { printf "{\"seconds\": %.1f, \"command\": \"%s\"}\n", b - a, c }' >>"$runs/timings.jsonl"
+  printf '{"seconds": %d, "command": "%s"}\n' $((SECONDS - before)) "${*//\"/\\\"}" >>"$runs/timings.jsonl"
 }
 
-threads=${OMP_NUM_THREADS:-$(nproc)}
+threads=${OMP_NUM_THREADS:-$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}
 
 # run_beside FUNCTION COMMAND...: both at once, on half of the cores each, since networks this small leave the other half
 # idle. What the function prints comes after the command's output.
@@ -47,7 +53,7 @@ run_on_all_cores() {
 
 cpu_seconds() { # user and system time of all finished commands; `times` must not run in a subshell, which has spent none
   times >"$runs/times.txt"
-  cpu=$(awk 'NR == 2 { for (i = 1; i <= 2; i++) { split($i, t, /[ms]/); s += 60 * t[1] + t[2] } printf "%.0f", s }' "$runs/times.txt")
+  cpu=$(LC_ALL=C awk 'NR == 2 { for (i = 1; i <= 2; i++) { split($i, t, /[ms]/); s += 60 * t[1] + t[2] } printf "%.0f", s }' "$runs/times.txt")
   rm "$runs/times.txt"
 }
 

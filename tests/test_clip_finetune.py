@@ -50,6 +50,8 @@ def test_wise_ft_mixes_two_artifacts(root: Path):
     lock = ["model.pretrained=start.safetensors", "model.freeze_image=true"]
     run_command("train-clip", "data.path=data", *TINY["clip"], *lock, "run=lit", cwd=root)
     assert "wrote" in run_command("unclip", "wise-ft", "clip", "lit", "--share", "0.25", "--out", "mixed", cwd=root)
+    said = run_command("unclip", "wise-ft", "clip", "lit", "--out", "lit", cwd=root, code=1)
+    assert "error: --out lit is a training run, whose artifact this would replace" in said
     assert "A clip: model clip" in (root / "mixed" / "report.html").read_text()
     start, tuned, mixed = (weights(root / run) for run in ("clip", "lit", "mixed"))
     for name in mixed:

@@ -108,9 +108,11 @@ def test_every_sampling_and_diffusion_setting_is_reachable(root: str):
         *(f"{sampling}.sampler.{value}" for value in ("name=heun", "num_steps=15")),
         *("model.diffusion.schedule=linear", "model.diffusion.predict=v", "model.diffusion.weighting=p2"),
         *("model.diffusion.learned_variance=false", "model.diffusion.timesteps=logit_normal"),
+        "model.diffusion.clip_range=3.0",
         *(["model.diffusion.resolution=256"] if root == "train_decoder" else []),
     ]
     model = composed(root, given).model
+    assert model.diffusion.clip_range == 3.0
     guidance = model.sampling.guidance
     assert (guidance.scale, list(guidance.interval), guidance.rescale) == (0.5, [0.2, 0.8], 0.7)
     assert guidance.threshold is Threshold.dynamic
@@ -135,6 +137,29 @@ def test_every_sampling_and_diffusion_setting_is_reachable(root: str):
 def test_a_contradiction_in_the_config_is_refused_with_its_advice(settings: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
         composed("train_decoder", [*ROOTS["train_decoder"][1], *(f"model.{setting}" for setting in settings)])
+
+
+@pytest.mark.parametrize("root", ["train_prior", "train_decoder", "train_upsampler"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ["diffusion.num_timesteps=10", "sampling.sampler.num_steps=11"],
+            "num_steps is 11, but diffusion.num_timesteps=10",
+        ),
+        (["sampling.guidance.threshold=dynamic", "diffusion.clip_range=null"], "threshold=dynamic needs a known range"),
+        (
+            ["sampling.sampler.name=karlo", "diffusion.schedule=flow", "diffusion.predict=flow"],
+            "not for diffusion.schedule=flow",
+        ),
+    ],
+)
+def test_sampling_that_the_diffusion_cannot_have_is_refused_before_training(
+    root: str, settings: list[str], message: str
+):
+    given = ["model.diffusion.learned_variance=false", *(f"model.{setting}" for setting in settings)]
+    with pytest.raises(ConfigError, match=message):
+        composed(root, [*ROOTS[root][1], *given])
 
 
 @pytest.mark.parametrize("prefix", ["", "+", "++"])

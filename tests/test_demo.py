@@ -19,6 +19,23 @@ def test_minutes_that_are_no_number_are_refused_before_anything_is_made(name: st
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("name", ["demo.sh", "emoji.sh"])
+def test_another_number_of_minutes_is_refused_where_a_chain_is(name: str, tmp_path: Path):
+    """Its CLIP would train on, and fit neither the embeddings nor the later stages any more."""
+    (tmp_path / "minutes").write_text("15\n")
+    assert f"{tmp_path} holds a chain of 15 minutes: give 15 again" in script(name, "45", str(tmp_path), code=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["minutes"]
+
+
+def test_numbers_have_a_point_in_every_language():
+    """awk and EPOCHREALTIME write a comma where the language has one, which Hydra reads as two values."""
+    for path in (ROOT / "scripts").glob("*.sh"):
+        text = path.read_text()
+        assert "EPOCHREALTIME" not in text, path
+        assert text.count("awk -v") + text.count("awk '") == text.count("LC_ALL=C awk "), path
+    assert "LC_ALL=C awk " in (ROOT / "scripts" / "timed.sh").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1000)
 def test_the_demo_ends_with_a_verdict_and_a_report(tmp_path: Path):

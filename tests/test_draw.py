@@ -24,7 +24,10 @@ from unclip import UnCLIP as FromTop
 from unclip import artifact
 from unclip.cli.app import app
 from unclip.cli.pictures import ddim_sampling
+from unclip.data.shapes import write_shapes
+from unclip.data.shards import Shards
 from unclip.errors import ArtifactError, ConfigError, DataError
+from unclip.evaluation.sheet import draw_table
 from unclip.pipeline import Memory, UnCLIP
 
 FAST = ["--decoder-steps", "3", "--upsampler-steps", "2"]
@@ -240,6 +243,12 @@ def huge_png(path: Path) -> None:
         (["generate", "a", ""], ConfigError, "caption 2 of 2 is empty; say what the picture shows"),
         (["generate", "--prompts", "latin.txt"], ConfigError, "latin.txt is not text in UTF-8 .*; save it as such"),
         (["generate", "a", "--stop-after", "decoder", "--upsampler-steps", "2"], ConfigError, "no upsampler runs here"),
+        (
+            ["generate", "a", "--stop-after", "prior", "--size", "16x16"],
+            ConfigError,
+            "--size is not for --stop-after prior",
+        ),
+        (["generate", "a", "--stop-after", "prior", "--decoder-steps", "2"], ConfigError, "--decoder-steps is not for"),
         (["edit", "a.png", "a cube", "a photo"], ConfigError, "the caption and the base caption are the same to CLIP"),
         (["inpaint", "a.png", "--mask", "a.png", "a cube", ""], ConfigError, "caption 1 of 1 is empty"),
         (["inpaint", "a.png", "--mask", "a.png", "--candidates", "3"], ConfigError, "the prior draws nothing"),
@@ -387,3 +396,24 @@ def test_the_cases_are_fixed_and_the_oracle_reads_them():
     judged = _judged(found[:40], read_scenes([case.picture for case in found[:40]]))
     assert judged["colour_as_before"]["share"] == judged["shape_kept"]["share"] == 1
     assert judged["colour_turned"]["share"] == judged["both"]["share"] == 0
+
+
+@pytest.mark.parametrize(("num", "wanted"), [(3, [0, 2, 4]), (32, [0, 1, 2, 3, 4])])
+def test_compare_shows_each_sample_once(place: Path, num: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch):
+    if not (place / "data").exists():
+        write_shapes(place / "data", num=5, size=32, workers=1)
+    shown: list[str] = []
+
+    def draw(rows: list[tuple[str, Any]], *given: Any, **more: Any) -> Image.Image:
+        shown.extend(caption for caption, pictures in rows)
+        assert all(len(pictures) == 3 for _, pictures in rows)
+        return draw_table(rows, *given, **more)
+
+    monkeypatch.setattr("unclip.cli.pictures.draw_table", draw)
+    given = ["compare", "--from", str(place / "runs"), "--data", str(place / "data" / "train"), "--num", str(num)]
+    result = CliRunner().invoke(app, [*given, "--out", str(place / "compared.png")])
+    assert result.exit_code == 0, result.exception
+    samples = Shards(place / "data" / "train")
+    assert shown == [samples.read(i).caption for i in wanted]
+    with Image.open(place / "compared.png") as sheet:
+        assert sheet.width > sheet.height > 0

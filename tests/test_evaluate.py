@@ -60,6 +60,12 @@ def test_training_reports_averaged_and_trained_weights_apart(root: Path):
     )
 
 
+def test_a_prior_without_its_embeddings_says_which_key_is_missing(root: Path):
+    for model in ("linear_prior", "ar_prior"):
+        said = run_command("train-prior", "run=runs/none", "data.path=data", f"model={model}", cwd=root, code=1)
+        assert "run unclip-embed and set data.embeddings" in said, said
+
+
 def test_evaluation_of_the_same_samples_agrees_with_the_training_runs_last_validation(root: Path):
     given = ["run=runs/again", *GIVEN, "precision=bf16", "batch_size=8", "device=cpu"]
     said = run_command("unclip-evaluate", "prior", *given, cwd=root)

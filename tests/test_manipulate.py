@@ -11,13 +11,17 @@ from tiny_chain import tiny_stages
 from torch.testing import assert_close
 
 from unclip.artifact import Manifest
+from unclip.batches import Batches, Meter
+from unclip.cli.options import Overrides
+from unclip.cli.pictures import sampling
 from unclip.config import from_plain
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.samplers import Sampler, SamplerConfig
 from unclip.errors import ArtifactError, ConfigError
-from unclip.manipulate import invertible, slerp, text_difference, toward_text
+from unclip.manipulate import INVERTIBLE, invertible, latents_of_ends, slerp, text_difference, toward_text
 from unclip.models import REGISTRY, build
 from unclip.models.sampling import DiffusionSampling
+from unclip.nets.conditioned import DecoderText
 from unclip.nets.layers import Cond
 from unclip.pipeline import Picture, Sampling, UnCLIP
 from unclip.recipe import from_png, to_png
@@ -180,9 +184,24 @@ def test_pictures_and_captions_are_ends_of_one_interpolation(chain: UnCLIP):
     assert len(frames) == 5
     assert all(difference(a.image, b.image) <= 1 for a, b in zip(frames, alone, strict=False))
     (z_i,) = chain.sample_embeddings(["a cube"], seed=5, how=HOW)
-    assert torch.equal(frames[-1].job.image_emb, z_i)
+    end = frames[-1].job.image_emb
+    assert end is not None
+    assert_close(torch.nn.functional.normalize(end, dim=0), z_i)
     fixed = list(chain.interpolate(captions=["a cube", "a ball"], frames=2, noise="fixed", how=HOW))
     assert all(frame.job.x_T is None for frame in fixed)
+
+
+def test_a_prior_of_unit_norm_interpolates_at_the_pictures_norm(chain: UnCLIP):
+    """Else the middle would lie nearly where the longer end does."""
+    how = chain.resolved(HOW, decoder=INVERTIBLE)
+    ends = latents_of_ends(
+        chain, PICTURES[:1], ["a red cube"], 0, how, Batches(4, Meter(None, 0)), noisy=False
+    ).image_emb
+    assert ends[0].norm() > 1.5, "a picture's z_i has not unit norm"
+    assert_close(ends[1].norm(), ends[0].norm())
+    middle = slerp(ends[0], ends[1], 0.5)
+    angles = [torch.cosine_similarity(middle, end, dim=0) for end in ends]
+    assert_close(angles[0], angles[1], atol=1e-4, rtol=0)
 
 
 def test_an_edit_begins_with_the_reconstruction_and_keeps_its_noise(chain: UnCLIP):
@@ -240,8 +259,16 @@ def test_a_negative_caption_acts_through_guidance(chain: UnCLIP):
     with pytest.raises(ConfigError, match="a negative caption needs guidance"):
         chain.generate(["a red cube"], negative="a blue sphere", how=unguided)
     assert chain.defaults["decoder"].guidance.scale != 1, "which does not count where the prior alone runs"
-    with pytest.raises(ConfigError, match="other than 1 of the prior, the only stage that runs"):
+    with pytest.raises(ConfigError, match="other than 1 of the prior, the only stage here that reads captions"):
         chain.sample_embeddings(["a red cube"], negative="a blue sphere", how=unguided)
+    stages["decoder"][0].cfg.conditioning.text = DecoderText.none
+    deaf = UnCLIP(stages)
+    with pytest.raises(ConfigError, match="other than 1 of the prior, the only stage here that reads captions"):
+        deaf.generate(["a red cube"], negative="a blue sphere")
+    with pytest.raises(
+        ConfigError, match=r"without a caption path \(model.conditioning.text=none\): leave out the captions"
+    ):
+        deaf.vary(PICTURES, captions=["a", "b", "c"], how=HOW)
 
 
 @pytest.mark.parametrize(
@@ -344,6 +371,19 @@ def test_a_decoder_without_z_i_varies_nothing():
         UnCLIP(stages).mix(PICTURES[0], "a red cube")
     with pytest.raises(ConfigError, match="decoder is a decoder without z_i"):
         UnCLIP(stages).inpaint(PICTURES[0], torch.ones(PICTURES.shape[-2:], dtype=torch.bool))
+
+
+def test_a_decoder_of_captions_alone_needs_no_prior():
+    stages = tiny_stages()
+    stages["decoder"][0].cfg.conditioning.image = False
+    drawn = next(UnCLIP(stages).generate(["a red cube"]))
+    del stages["prior"]
+    alone = next(UnCLIP(stages).generate(["a red cube"]))
+    assert torch.equal(drawn.image, alone.image)
+    with pytest.raises(ArtifactError, match="the stage prior is missing, which generate needs"):
+        UnCLIP(stages).sample_embeddings(["a red cube"])
+    with pytest.raises(ConfigError, match="sees no z_i, so no prior runs: leave out --candidates"):
+        sampling(Overrides(candidates=2), UnCLIP({**tiny_stages(), "decoder": stages["decoder"]}))
 
 
 def test_stages_of_other_sizes_are_refused():

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from unclip.config import OptimConfig
 from unclip.errors import ConfigError
+from unclip.models.clip import CLIP, CLIPConfig
 from unclip.muon import is_hidden_matrix, orthogonal
 from unclip.optim import AdamWEMA, learning_rate, make_optimizer
 
@@ -91,6 +92,11 @@ def test_what_muon_trains():
     assert group["lr_scale"] == pytest.approx(2)
     assert not any(group["muon"] for group in make_optimizer(net, OptimConfig()).param_groups)
     assert not make_optimizer(net, CFG).param_groups[0]["muon"], "whose rate is logged"
+    clip = CLIP(CLIPConfig(image_size=16, vision_width=32, vision_heads=2, text_width=32, text_heads=2))
+    names = {id(p): name for name, p in clip.named_parameters()}
+    muon = next(group for group in make_optimizer(clip, CFG).param_groups if group["muon"])
+    assert not [name for p in muon["params"] if "positional_embedding" in (name := names[id(p)])]
+    assert is_hidden_matrix(clip.model.positional_embedding), "a table, although it has the shape of a matrix"
     assert not is_hidden_matrix(torch.zeros(64))
     assert not is_hidden_matrix(torch.zeros(64, 3))
     assert is_hidden_matrix(torch.zeros(64, 3, 3, 3))

@@ -86,6 +86,20 @@ def test_any_prior_feeds_the_decoder(pipeline: UnCLIP, name: str):
             sampling(refused, chain)
 
 
+def test_a_prior_of_unit_norm_is_refused_by_a_decoder_of_raw_z_i(pipeline: UnCLIP):
+    stages = {key: (model, pipeline.manifests[key], Path(key)) for key, model in pipeline.models.items()}
+    raw = {**CONFIGS["decoder"], "embedding_norm": "raw"}
+    interface = pipeline.models["clip"].interface()
+    decoder = random_weights(build(from_plain(raw, REGISTRY["decoder"][0]), interface))
+    stages["decoder"] = (decoder, Manifest("decoder", "decoder", raw, {"clip": "c"}, hash="raw"), Path("decoder"))
+    with pytest.raises(ArtifactError, match="prior makes z_i of unit norm, but decoder takes them as CLIP makes them"):
+        UnCLIP(stages)
+    whitened = {**CONFIGS["diffusion_prior"], "embedding_space": "whitened"}
+    prior = random_weights(build(from_plain(whitened, REGISTRY["diffusion_prior"][0]), interface))
+    stages["prior"] = (prior, Manifest("prior", "diffusion_prior", whitened, {"clip": "c"}, hash="w"), Path("prior"))
+    assert next(UnCLIP(stages).generate(["a red cube"])).image.shape == (3, 32, 32)
+
+
 def test_stages_of_two_clips_are_refused(pipeline: UnCLIP):
     stages = {name: (model, pipeline.manifests[name], Path(f"runs/{name}")) for name, model in pipeline.models.items()}
     model, manifest, _ = stages["prior"]

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
 
 from unclip.cli.app import app
-from unclip.cli.plan import read
+from unclip.cli.plan import measured, read
 from unclip.config import OptimConfig, Precision
 from unclip.errors import ConfigError
 from unclip.models import (
@@ -174,6 +175,35 @@ def test_the_stage_is_known_by_its_name(given: list[str], stage: str):
     assert read(given)[2] == stage
 
 
+def test_gpus_are_the_trainers_unless_they_are_given():
+    assert read(["experiment=tiny_decoder", "trainer.devices=2", "trainer.num_nodes=2"])[0].gpus == 4
+    assert read(["experiment=tiny_decoder", "gpus=8"])[0].gpus == 8
+
+
+def test_an_autoregressive_prior_is_planned_with_as_many_codes_as_it_may_have():
+    given = [
+        "model.net.width=32",
+        "model.net.depth=1",
+        "model.net.num_heads=2",
+        "model.net.context=9",
+        "model.net.text.width=16",
+    ]
+    given += [
+        "model.net.text.depth=1",
+        "model.net.text.num_heads=2",
+        "model.num_buckets=8",
+        "embed_dim=32",
+        "vocab_size=100",
+    ]
+    settings, cfg, stage = read(["model=ar_prior", "model.explained_variance=0.99", *given])
+    long, short = (measured(settings, replace(cfg, model=replace(cfg.model, net=net)), stage, 2) for net in nets(cfg))
+    assert long.flops > short.flops > 0, "of 8 and of 4 codes"
+
+
+def nets(cfg: Any) -> list[Any]:
+    return [cfg.model.net, replace(cfg.model.net, context=5)]
+
+
 def test_a_run_that_goes_on_from_another_has_that_ones_model(tmp_path: Path):
     _, cfg, _ = read(["stage=decoder", f"init={saved(make(), tmp_path / 'run')}"])
     assert cfg.model.image_size == 8  # type: ignore[attr-defined]
@@ -184,6 +214,10 @@ def test_a_run_that_goes_on_from_another_has_that_ones_model(tmp_path: Path):
     [
         (["experiment=tiny_decoder", "batch=10", "gpus=4"], "batch=10 is not a multiple of gpus=4"),
         (["experiment=tiny_decoder", "gpus=0"], "gpus=0 must be positive"),
+        (
+            ["experiment=tiny_decoder", "gpus=4", "trainer.devices=2"],
+            "gpus=4, but trainer.devices times trainer.num_nodes is 2",
+        ),
         (["experiment=tiny_decoder", "gpus=two"], "gpus='two' is not a valid int"),
         (["experiment=tiny_decoder", "mfu=40"], "mfu=40.0 is a share of tflops"),
         (["stage=vae"], "stage=vae is not one of: clip, prior, decoder, upsampler"),

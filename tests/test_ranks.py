@@ -191,7 +191,7 @@ def test_four_ranks_train_and_report_as_one_process_does(strategy: str, root: Pa
 
 def test_a_command_with_two_ranks_logs_once_and_outlives_them(tmp_path: Path) -> None:
     run_command("unclip", "data", "shapes", "--out", "data", "--num", "32", "--size", "32", cwd=tmp_path)
-    given = ["run=two-ranks", "data.path=data", *TINY["upsampler"], "trainer.devices=2"]
+    given = ["run=two-ranks", "data.path=data", *TINY["upsampler"], "trainer.devices=2", "trainer.accelerator=cpu"]
     said = run_command("train-upsampler", *given, cwd=tmp_path)
     left = [path for path in Path("/proc").glob("[0-9]*") if str(tmp_path) in _cwd(path)]
     assert left == []

@@ -167,3 +167,8 @@ def test_wrong_credentials_end_in_one_message(root: Path, seaweed: Seaweed, monk
     said = run_command(*arguments("refused", "s3://bucket/data"), cwd=root, code=1)
     assert "error: s3://bucket/data/train/index.json may not be read (PermissionError: " in said
     assert "check the credentials (for s3: AWS_ACCESS_KEY_ID" in said
+    monkeypatch.setenv("AWS_PROFILE", "there-is-none")
+    for name in KEYS:
+        monkeypatch.delenv(name)
+    said = run_command(*arguments("profile", "s3://bucket/data"), cwd=root, code=1)
+    assert "may not be read (ProfileNotFound: " in said

@@ -164,6 +164,7 @@ def test_settings_come_from_the_artifact_and_what_is_given_on_top(root: Path):
     ("settings", "message"),
     [
         (["model.net.depth=3"], "model.* is another net than that of init="),
+        (["model.embedding_space=scaled"], "model.embedding_space belongs to the fit to the training embeddings"),
         (["lora_rank=-1"], "lora_rank=-1 adds to trained weights"),
         (["lora_rank=2", "trainer.strategy=fsdp2"], "take trainer.strategy=ddp"),
         (["lora_rank=2", "optim.ema_profiles=[0.1]"], "leave one out"),

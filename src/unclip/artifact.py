@@ -90,6 +90,12 @@ def save(run: Path, model: nn.Module | Mapping[str, Tensor], manifest: Manifest)
     return final
 
 
+def refuse_run(out: Path) -> None:
+    """ConfigError for a folder that a training run owns, whose artifact another one would replace."""
+    if (out / "identity.json").exists():
+        raise ConfigError(f"--out {out} is a training run, whose artifact this would replace; give another folder")
+
+
 def _unused(folder: Path) -> Path:
     """``folder``, or the first of ``folder-2``, ``folder-3``, ... that is free: the one in use stays until the link moves."""
     names = [folder, *(folder.with_name(f"{folder.name}-{n}") for n in range(2, 100))]

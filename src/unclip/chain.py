@@ -61,6 +61,11 @@ class Chain:
         return self.configs[self.upsamplers[-1] if self.upsamplers else "decoder"].image_size
 
     @property
+    def sees_z_i(self) -> bool:
+        """Whether the decoder does; one of captions alone needs no prior."""
+        return self.configs["decoder"].conditioning.image
+
+    @property
     def _autocast(self) -> torch.autocast:
         """A new one each time: threads must not share one."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is Precision.bf16)
@@ -171,7 +176,7 @@ class Chain:
     def draw(self, jobs: Sequence[Job], how: Sampling, batches: Batches, num_tokens: int = 0) -> Drawn:
         """Jobs of one kind (all or none have a caption, z_i, x_T, a mask) through all stages, stage by stage."""
         seeds = [job.seed for job in jobs]
-        cond, negative, num_tokens = self._conditions(jobs, how, batches, num_tokens)
+        cond, negative, num_tokens = self._conditions(jobs, how, batches, num_tokens, self.sees_z_i)
         steps = self.num_steps("decoder", how, masked=jobs[0].mask is not None)
 
         last = ["decoder", *how.upsamplers][-1]
@@ -199,7 +204,7 @@ class Chain:
         return Drawn(images, num_tokens)
 
     def _conditions(
-        self, jobs: Sequence[Job], how: Sampling, batches: Batches, num_tokens: int
+        self, jobs: Sequence[Job], how: Sampling, batches: Batches, num_tokens: int, with_z_i: bool = True
     ) -> tuple[Cond, Cond | None, int]:
         """What the decoder is told of each job, what it is led away from (one row), and the captions' length in tokens."""
         cond, negative = Cond(num_rows=len(jobs)), None
@@ -211,7 +216,7 @@ class Chain:
             negative = self.embed_text([jobs[0].negative])
         if jobs[0].image_emb is not None:
             cond.image_emb = torch.stack([there(job.image_emb) for job in jobs]).to(self.device)
-        elif captions:
+        elif captions and with_z_i:
             cond.image_emb = torch.cat(self.draw_z_i(jobs, cond, negative, how, batches))
         return cond, negative, num_tokens
 
@@ -320,6 +325,12 @@ class Chain:
                     "use stages that were trained on one CLIP, or embed and train again"
                 )
         refuse_half(self.manifests["decoder"], self.folders["decoder"])
+        prior, decoder = self.configs.get("prior"), self.configs["decoder"]
+        if prior is not None and self.sees_z_i and decoder.is_raw and not prior.is_raw:
+            raise ArtifactError(
+                f"{self.folders['prior']} makes z_i of unit norm, but {self.folders['decoder']} takes them as CLIP makes them "
+                "(embedding_norm=raw): train a prior with model.embedding_space=whitened or pca"
+            )
         for name, before in zip(self.upsamplers, ["decoder", *self.upsamplers], strict=False):
             takes, gets = self.configs[name].low_size, self.configs[before].image_size
             if takes != gets:

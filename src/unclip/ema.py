@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from unclip import artifact
 from unclip.config import WIDEST_EMA
 from unclip.errors import ArtifactError, ConfigError
+from unclip.tensor_file import write_tensors
 
 log = logging.getLogger(__name__)
 FOLDER = "ema"  # in the run
@@ -87,10 +87,12 @@ def save_snapshot(run: Path, step: int, averages: Mapping[float, Mapping[str, Te
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".tmp")
     tensors = {f"{width}:{name}": value for width, weights in averages.items() for name, value in weights.items()}
-    save_file(tensors, draft, metadata={"step": str(step), "widths": json.dumps(list(averages))})
-    with draft.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(draft, path)
+    try:
+        write_tensors(draft, tensors, {"step": str(step), "widths": json.dumps(list(averages))})
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     return path
 
 
@@ -120,10 +122,7 @@ def reconstruct(run: Path, out: Path, width: float, step: int | None = None) -> 
     Returns the artifact and the part of the profile's norm that the snapshots cannot express. Raises ArtifactError where the
     run has no snapshots or they are not of its model, ConfigError for a width or step that they do not reach.
     """
-    if out.resolve() == run.resolve():
-        raise ConfigError(
-            f"--out {out} is the run itself, whose artifact it would replace; give another folder than the run's"
-        )
+    artifact.refuse_run(out)
     manifest = artifact.read_manifest(run)
     kept = snapshots(run)
     if not kept:
@@ -152,7 +151,12 @@ def reconstruct(run: Path, out: Path, width: float, step: int | None = None) -> 
         weights[name] = value
     about = {"ema_sigma_rel": width, "ema_unreached": rest}
     told = replace(
-        manifest, step=step, metrics=about, settings={**manifest.settings, "ema": about}, statistics_sha256=""
+        manifest,
+        step=step,
+        samples=manifest.samples * step // max(1, manifest.step),
+        metrics=about,
+        settings={**manifest.settings, "ema": about},
+        statistics_sha256="",
     )
     return artifact.save(out, weights, told), rest
 

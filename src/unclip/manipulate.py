@@ -1,7 +1,7 @@
 """What the latent (z_i, x_T) of pictures is good for: variations, interpolations, text differences (paper §3)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,9 +109,17 @@ def check_share(name: str, share: float) -> float:
 
 def need_image(chain: Chain) -> None:
     """ConfigError for a decoder that does not see z_i."""
-    if not chain.configs["decoder"].conditioning.image:
+    if not chain.sees_z_i:
         raise ConfigError(
             f"{chain.folders['decoder']} is a decoder without z_i (model.conditioning.image=false): it only draws captions"
+        )
+
+
+def need_text(chain: Chain) -> None:
+    """ConfigError for a decoder that reads no captions."""
+    if not chain.configs["decoder"].conditioning.reads_text:
+        raise ConfigError(
+            f"{chain.folders['decoder']} is a decoder without a caption path (model.conditioning.text=none): leave out the captions"
         )
 
 
@@ -189,6 +197,9 @@ def latents_of_ends(
         parts.append(find_latents(chain, pictures, None, how, batches, invert=noisy))
     if captions:
         parts.append(caption_latents(chain, captions, seed, how, batches, noisy=noisy))
+    if len(parts) == 2 and not chain.configs["prior"].is_raw:  # slerp would lean toward the longer ones
+        pictures_norm = parts[0].image_emb.norm(dim=1).mean()
+        parts[1] = replace(parts[1], image_emb=F.normalize(parts[1].image_emb, dim=1) * pictures_norm)
     return Latents.cat(parts)
 
 

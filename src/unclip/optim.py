@@ -19,6 +19,8 @@ from unclip.ema import exponent
 from unclip.errors import ConfigError
 from unclip.muon import is_hidden_matrix, muon_step
 
+NOT_HIDDEN = ("positional_embedding", "head_weight")  # tables and outputs in the shape of matrices
+
 
 class AdamWEMA(torch.optim.AdamW):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019) and an exponential moving average of the weights."""
@@ -148,7 +150,7 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> AdamWEMA:
     for name, p in model.named_parameters():
         if p.requires_grad:
             decays = p.ndim >= 2 and id(p) not in tables
-            muon = bool(cfg.muon_lr) and decays and is_hidden_matrix(p)
+            muon = bool(cfg.muon_lr) and decays and is_hidden_matrix(p) and name.rpartition(".")[2] not in NOT_HIDDEN
             scale = scales.get(name, 1.0) * (cfg.muon_lr / cfg.lr if muon else 1.0)
             groups.setdefault((muon, scale, not decays, p.ndim == 0), []).append(p)
     if not groups:
@@ -184,6 +186,20 @@ def _learning_rate_scales(model: Any, layer_decay: float) -> dict[str, float]:
     if not hasattr(model, "learning_rate_scales"):
         raise ConfigError("optim.layer_decay is for fine-tuning CLIP; this model has no order of layers: set it to 1")
     return model.learning_rate_scales(layer_decay)
+
+
+@contextmanager
+def resting_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside the block batch norms leave their running statistics as they are."""
+    norms = batch_norms_of(model)
+    before = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, before, strict=True):
+            norm.momentum = momentum
 
 
 @contextmanager

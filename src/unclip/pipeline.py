@@ -30,6 +30,7 @@ from unclip.manipulate import (
     invertible,
     latents_of_ends,
     need_image,
+    need_text,
     slerp,
     text_difference,
     variation_jobs,
@@ -96,7 +97,7 @@ class UnCLIP(Chain):
         ``negative``: a caption that guidance leads away from, instead of from no caption; without guidance it is refused.
         """
         full, jobs, batches = self._asked(captions, num, seed, how, batch_size, progress, negative)
-        batches.meter.total = self._total(len(jobs), full, prior=True)
+        batches.meter.total = self._total(len(jobs), full, prior=self.sees_z_i)
         return self.run(jobs, full, batches)
 
     def sample_embeddings(
@@ -132,15 +133,15 @@ class UnCLIP(Chain):
         decodes: bool = True,
     ) -> tuple[Sampling, list[Job], Batches]:
         captions, full = check_captions(captions), self.resolved(how)
-        self._need_prior("generate")
+        if not decodes or self.sees_z_i:
+            self._need_prior("generate")
         check_num(num)
         if negative is not None:
             self._check_negative(full, decodes)
             negative = check_captions([negative])[0]
         words = {"operation": "generate"} | ({} if negative is None else {"negative": negative})
-        jobs = [
-            Job(seed + j, caption, negative, title=caption, words=words) for caption in captions for j in range(num)
-        ]
+        wanted = [(caption, seed + j) for caption in captions for j in range(num)]
+        jobs = [Job(seed, caption, negative, title=caption, words=words) for caption, seed in wanted]
         return full, jobs, batches_for(batch_size, Meter(progress, 0))
 
     def vary(
@@ -163,8 +164,8 @@ class UnCLIP(Chain):
         pictures, batches = check_pictures(pictures), batches_for(batch_size, Meter(progress, 0))
         check_num(num)
         if captions is not None:
-            captions = check_captions(captions)
-            if len(captions) != len(pictures):
+            need_text(self)
+            if len(captions := check_captions(captions)) != len(pictures):
                 raise ConfigError(f"{len(captions)} captions for {len(pictures)} pictures; give one for each")
         steps = self.num_steps("inversion", full)
         batches.meter.total = len(pictures) * steps + self._total(num * len(pictures), full)
@@ -233,10 +234,8 @@ class UnCLIP(Chain):
         ``base_caption`` describes the picture as it is; None: z_d = norm(z_t). x_T is the picture's own throughout.
         """
         full = invertible(self, how)
-        caption, base = (
-            check_captions([caption])[0],
-            None if base_caption is None else check_captions([base_caption])[0],
-        )
+        caption = check_captions([caption])[0]
+        base = None if base_caption is None else check_captions([base_caption])[0]
         thetas = [check_share("theta", theta) for theta in thetas]
         check_num(len(thetas))
         pictures, batches = check_pictures(picture[None]), batches_for(batch_size, Meter(progress, 0))
@@ -386,10 +385,11 @@ class UnCLIP(Chain):
             )
 
     def _check_negative(self, how: Sampling, decodes: bool) -> None:
-        """``decodes``: the decoder runs too, so that its guidance counts."""
+        """``decodes``: the decoder runs too, so that its guidance counts if it reads captions."""
         assert how.decoder is not None
-        if not is_guided(how.prior) and not (decodes and how.decoder.guidance.scale != 1):
-            stages = "prior or decoder" if decodes else "the prior, the only stage that runs"
+        reads = decodes and self.configs["decoder"].conditioning.reads_text
+        if not is_guided(how.prior) and not (reads and how.decoder.guidance.scale != 1):
+            stages = "prior or decoder" if reads else "the prior, the only stage here that reads captions"
             raise ConfigError(f"a negative caption needs guidance: set a guidance scale other than 1 of {stages}")
 
     def _total(self, count: int, how: Sampling, prior: bool = False, masked: bool = False) -> int:

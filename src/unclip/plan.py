@@ -18,6 +18,7 @@ from unclip.config import OptimConfig, Precision
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.models import Interface, ModelConfig, UpsamplerConfig, build
+from unclip.models.ar_prior import ARPrior
 from unclip.models.clip import CLIP
 from unclip.models.pictures import Bsr
 from unclip.nets.transformer import TransformerBlock
@@ -49,6 +50,8 @@ def measure_step(
     """Follow the second step of ``rows`` samples, when the optimiser's state exists, on fake tensors of ``device``."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.device(device):
         model = build(cfg, interface).train()
+        if isinstance(model, ARPrior):
+            model.assume_fit()
         optimizer = make_optimizer(model, optim)
         batch = example(model, interface, rows)
         sizes = [p.numel() for p in model.parameters()]

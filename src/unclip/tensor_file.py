@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,8 +31,11 @@ NAMES = {
 }
 
 
-def write_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> None:
-    """Write ``tensors`` to ``path`` and on to the disk. Where some are sharded all ranks call it, all but one with None."""
+def write_tensors(path: Path | None, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write ``tensors``, and words about them, to ``path`` and on to the disk.
+
+    Where some are sharded all ranks call it, all but one with None.
+    """
     rank = {dtype: n for n, dtype in enumerate(NAMES)}
     kinds = {name: _Kind.of(tensors[name]) for name in tensors}  # one at a time: they may be read from a file
     order = sorted(kinds, key=lambda name: (-rank[kinds[name].dtype], name))
@@ -41,7 +45,7 @@ def write_tensors(path: Path | None, tensors: Mapping[str, Tensor]) -> None:
         return
     try:
         with path.open("wb") as file:
-            file.write(_header({name: kinds[name] for name in order}))
+            file.write(_header({name: kinds[name] for name in order}, metadata))
             for name in order:
                 data = _whole(tensors[name]).detach().cpu().contiguous().reshape(-1)
                 file.write(data.view(torch.uint8).numpy().data)
@@ -69,9 +73,10 @@ class _Kind:
         return _Kind(tensor.dtype, list(tensor.shape), tensor.numel() * tensor.element_size())
 
 
-def _header(kinds: Mapping[str, _Kind]) -> bytes:
+def _header(kinds: Mapping[str, _Kind], metadata: Mapping[str, str] | None) -> bytes:
     """Its length in eight bytes, then names, types, shapes and places as JSON, padded with spaces to a multiple of eight."""
-    found, end = {}, 0
+    found: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
     for name, kind in kinds.items():
         start, end = end, end + kind.num_bytes
         found[name] = {"dtype": NAMES[kind.dtype], "shape": kind.shape, "data_offsets": [start, end]}

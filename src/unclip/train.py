@@ -61,6 +61,8 @@ class TrainConfig:
     logger: LoggerConfig = field(default_factory=LoggerConfig)
 
     def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must not be negative")
         if self.optim.sam_rho and self.trainer.strategy == "fsdp2":
             raise ConfigError(
                 "optim.sam_rho with trainer.strategy=fsdp2: each rank climbs by its own whole gradient, "
@@ -180,9 +182,10 @@ def train(cfg: TrainConfig) -> Path:
 
 def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, UnclipData]:
     model_cfg = _model_config(cfg)
-    data = UnclipData(cfg.data, cfg.seed, cfg.trainer.batch_size, needs=model_cfg.columns)
+    data = UnclipData(cfg.data, cfg.seed, cfg.trainer.batch_size, needs=model_cfg.columns, raw=model_cfg.is_raw)
     if isinstance(model_cfg, UpsamplerConfig) and model_cfg.bsr is not Bsr.none:
         data.degrade = Degrade(model_cfg.bsr, model_cfg.image_size, model_cfg.low_size, cfg.seed)
+    _ = kind == "clip" or data.fingerprint  # what is missing is told before a model asks for it
     torch.manual_seed(cfg.seed)  # not before: reading a CLIP for live states draws numbers too
     model = build(model_cfg, data.interface)
     if kind == "clip":

@@ -46,6 +46,12 @@ def start_from(init: str, model: Any, kind: str, interface: Interface, run: Path
             f"init={init} was trained on CLIP {theirs[:8]}, data.embeddings are of CLIP {interface.clip[:8] or '(none)'}: embed "
             "the data with that CLIP"
         )
+    base = artifact.config_of(manifest, Path(init))
+    for name in model.cfg.fitted:
+        if getattr(model.cfg, name) != getattr(base, name):
+            raise ConfigError(
+                f"model.{name} belongs to the fit to the training embeddings, which init={init} brings with it: leave it out"
+            )
     weights = _fitted(model, artifact.read_weights(init))
     try:
         model.load_state_dict(weights, strict=True)
@@ -54,7 +60,7 @@ def start_from(init: str, model: Any, kind: str, interface: Interface, run: Path
     if isinstance(model, Decoder | Upsampler) and model.last_net is not None:
         if model.cfg.first is not None:
             take_first(model, kind)
-        elif model.cfg.kind_of_net() != artifact.config_of(manifest, Path(init)).kind_of_net():
+        elif model.cfg.kind_of_net() != base.kind_of_net():
             raise ConfigError(
                 f"the first net of init={init} stays as it is, so this run cannot differ from it in sizes, net, condition, "
                 "diffusion or split: leave these settings out"

@@ -1,6 +1,8 @@
 import itertools
+import json
 import logging
 import os
+import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -162,11 +164,21 @@ def test_missing_sources_are_named(data: Path, embedded: Path, other: Path, tmp_
         UnclipData(DataConfig(str(tmp_path)), 5, 8, IMAGE).train_dataloader()
 
 
-def test_fingerprints_tell_data_apart(data: Path, larger: Path, embedded: Path) -> None:
+def test_fingerprints_tell_data_apart(data: Path, larger: Path, embedded: Path, tmp_path: Path) -> None:
     configs = [DataConfig(str(data)), DataConfig(str(larger)), DataConfig(str(data), str(embedded))]
     found = [UnclipData(config, 5, 8, IMAGE).fingerprint for config in configs]
     assert len(set(found)) == 3
     assert found[0] == UnclipData(DataConfig(str(data)), 6, 4, IMAGE).fingerprint
+    other = shutil.copytree(embedded, tmp_path / "other")
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps(manifest | {"precision": "bf16"}))
+    assert UnclipData(DataConfig(str(data), str(other)), 5, 8, IMAGE).fingerprint not in found, "other rows"
+
+
+def test_a_validation_set_elsewhere_needs_a_name_of_its_own() -> None:
+    for split in ("train", None):
+        with pytest.raises(ConfigError, match="give that split there a name other than train_split=train"):
+            DataConfig("A", val_path="B", val_split=split)
 
 
 @pytest.mark.parametrize("cache", [False, True])

@@ -14,6 +14,7 @@ from picture_sets import noise
 from shard_server import serving
 
 from unclip.data import embed as embed_module
+from unclip.data.check import check_data
 from unclip.data.embed import EmbedConfig, embed_with
 from unclip.data.embeddings import Embeddings
 from unclip.data.embeddings_writer import EmbeddingsWriter
@@ -182,8 +183,14 @@ def test_a_damaged_picture_is_named(tmp_path: Path, data: Path, clip: CLIP, inte
     content = bytearray(tar.read_bytes())
     content[offset : offset + size] = bytes(size)
     tar.write_bytes(content)
-    with pytest.raises(DataError, match=r"damaged pictures \(train8\); `unclip data check .*data` takes them out"):
+    with pytest.raises(
+        DataError, match=r"damaged pictures \(train8\); delete its index.json, then `unclip data check .*data`"
+    ):
         embed_with(clip, interface, config(tmp_path / "run", copy))
+    (copy / "train" / "index.json").unlink()
+    check_data(copy, min_size=1)
+    embed_with(clip, interface, config(tmp_path / "run", copy))
+    assert "train8" not in Embeddings(tmp_path / "run", "train").keys
 
 
 def test_a_shard_that_is_not_the_one_of_the_index_is_refused(

@@ -104,6 +104,8 @@ def test_another_clip_or_other_columns_are_refused(tmp_path: Path, data: Path) -
         EmbeddingsWriter(tmp_path, "train", CLIP, COLUMNS[:2], "float32")
     with pytest.raises(DataError, match="dtype"):
         EmbeddingsWriter(tmp_path, "train", CLIP, COLUMNS, "float16")
+    with pytest.raises(DataError, match="precision"):
+        EmbeddingsWriter(tmp_path, "train", CLIP, COLUMNS, "float32", precision="bf16")
 
 
 def test_unfinished_and_damaged_folders_are_refused(tmp_path: Path, data: Path) -> None:

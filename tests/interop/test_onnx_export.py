@@ -20,6 +20,7 @@ from unclip.errors import ArtifactError, ConfigError
 from unclip.interop import onnx_export
 from unclip.interop.onnx_steps import steps_of
 from unclip.models.clip import CLIP, CLIPConfig
+from unclip.models.decoder import Embedding
 from unclip.nets.conditioned import SketchConfig
 
 pytest.importorskip("onnxruntime")
@@ -113,6 +114,15 @@ def test_a_decoder_that_draws_a_sketch(tmp_path: Path):
     [plain] = outputs(tmp_path / "decoder.onnx", step.inputs)
     step.module.sketch.out.bias.data += 1  # type: ignore[union-attr]
     assert np.abs(step.run(step.inputs)[0].detach().numpy() - plain).max() > 0.01  # the sketch was in it
+
+
+def test_a_decoder_trained_on_z_t_sees_its_embedding():
+    [step] = steps_of("decoder", make(embedding=Embedding.text))
+    assert "image_emb" in step.inputs
+    assert "text_emb" not in step.inputs
+    before = step.run(step.inputs)[0]
+    after = step.run({**step.inputs, "image_emb": step.inputs["image_emb"].flip(1)})[0]
+    assert (after - before)[0].abs().max() > 1e-3, "row 0 keeps it"
 
 
 def test_a_clip_with_a_resnet(tmp_path: Path):

@@ -14,6 +14,7 @@ from tests_support import TINY, run_command
 from unclip import artifact
 from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.data.embeddings import Embeddings
+from unclip.data.settings import SourceConfig
 from unclip.data.texts import StoredTexts
 from unclip.errors import ConfigError, DataError
 from unclip.interop.public_embeddings import ExportConfig, ImportConfig, export_embeddings, import_embeddings
@@ -299,8 +300,10 @@ def test_whitening_refuses_unit_rows_and_the_papers_form_takes_them(world: World
     embeddings = Embeddings(imported(world, tmp_path), "train")
     net = PriorNetConfig(width=32, depth=1, num_heads=2)
     whitened = DiffusionPriorConfig(net=net, embedding_space=EmbeddingSpace.whitened)
-    with pytest.raises(ConfigError, match="unit-norm rows, but embedding_space=whitened needs CLIP's raw outputs"):
-        DiffusionPrior(whitened, embeddings.interface).fit(embeddings)
+    for sources in ({}, {"others": [SourceConfig(embeddings=str(embeddings.folder))]}):
+        place = DataConfig(embeddings=str(embeddings.folder), **sources)
+        with pytest.raises(ConfigError, match="unit-norm rows, but the model takes CLIP's raw outputs"):
+            UnclipData(place, 0, 4, whitened.columns, raw=whitened.is_raw).train_dataloader()
     DiffusionPrior(DiffusionPriorConfig(net=net), embeddings.interface).fit(embeddings)
     raw = imported(world, tmp_path / "r", src=world.layout(tmp_path / "raw", unit=False))
     prior = DiffusionPrior(whitened, embeddings.interface)

@@ -184,6 +184,10 @@ def test_guidance_one_is_none_and_zero_ignores_the_caption():
     assert (against - stronger).abs().max() > 0.01
     itself = prior.sample(cond, ARSampling(guidance_scale=4.0), noise, negative=cond)
     assert_close(itself, plain, rtol=0, atol=1e-5)
+    one, two = cond.rows([0]), ARSampling(guidance_scale=4.0, num_candidates=2)
+    assert_close(
+        prior.sample(cond, two, noise, negative=one), prior.sample(cond, two, noise, negative=cond.rows([0] * 4))
+    )
 
 
 @pytest.mark.parametrize("null", list(Null))
@@ -265,10 +269,11 @@ def test_bf16_autocast_stays_near_float32_and_keeps_the_codes():
     exact = prior.losses(batch, noise)["cross_entropy"]
     with torch.autocast("cpu", torch.bfloat16):
         rough = prior.losses(batch, noise)["cross_entropy"]
-        assert torch.equal(prior.encode(batch.column("image_emb")), make().encode(batch.column("image_emb")))
+        inside = prior.encode(batch.column("image_emb"))
         assert prior.sample(prior.cond(batch), ARSampling(guidance_scale=2.0), noise).dtype == torch.float32
     assert rough.dtype == torch.float32
     assert_close(rough, exact, rtol=0.05, atol=0)
+    assert torch.equal(inside, prior.encode(batch.column("image_emb")))
 
 
 def test_blocks_gathered_in_bfloat16_draw_too():
@@ -327,12 +332,17 @@ def test_the_tiny_prior_is_tiny():
         ({"num_components": 8}, "net.context=8 holds 7 codes"),
         ({"num_buckets": 1}, "num_buckets=1, .* must be at least 2"),
         ({"bucket_range": 0.0}, "bucket_range is 0.0"),
+        ({"bucket_range": 3.0, "edges": Edges.quantile}, "bucket_range is the reach of edges=uniform"),
+        (
+            {"net": replace(NET, text=replace(NET.text, gradient_checkpointing=True))},
+            "set net.gradient_checkpointing, which holds",
+        ),
         ({"drop_text": 2.0}, "drop_text is 2.0"),
     ],
 )
 def test_refused_settings(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        ARPriorConfig(net=NET, **{**FIVE, **options})
+        ARPriorConfig(**{"net": NET, **FIVE, **options})
 
 
 @pytest.mark.parametrize(

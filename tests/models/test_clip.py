@@ -13,7 +13,7 @@ from unclip.config import OptimConfig, typed
 from unclip.data.batch import Batch
 from unclip.errors import ArtifactError, ConfigError
 from unclip.models.clip import CLIP, CLIPConfig, Tokenizer, interpolate
-from unclip.models.contrastive import contrastive_loss
+from unclip.models.contrastive import Contrast, contrastive_loss
 from unclip.models.interface import Interface
 from unclip.optim import make_optimizer
 
@@ -161,6 +161,22 @@ def test_local_weights_load_strictly(clip: CLIP, tmp_path: Path, kind: str) -> N
     torch.save(state, path) if kind == "pt" else save_file(state, path)
     with pytest.raises(ArtifactError, match="ln_final"):
         other.fit()
+
+
+def test_weights_of_the_softmax_begin_at_siglips_scale_and_bias(clip: CLIP, tmp_path: Path) -> None:
+    path = tmp_path / "softmax.safetensors"
+    save_file({name: value.contiguous() for name, value in clip.model.state_dict().items()}, path)
+    other = CLIP(CLIPConfig(**SMALL, contrast=Contrast.sigmoid, pretrained=str(path)))
+    other.fit()
+    assert torch.equal(other.model.text_projection, clip.model.text_projection)
+    assert other.model.logit_scale.exp().item() == pytest.approx(10)
+    assert other.model.logit_bias.item() == -10
+    with torch.no_grad():
+        other.model.logit_scale.fill_(3.0)
+        other.model.logit_bias.fill_(-7.0)
+    save_file({name: value.contiguous() for name, value in other.model.state_dict().items()}, path)
+    other.fit()
+    assert (other.model.logit_scale.item(), other.model.logit_bias.item()) == (3.0, -7.0), "SigLIP's own are kept"
 
 
 def test_pickled_code_does_not_run(tmp_path: Path) -> None:

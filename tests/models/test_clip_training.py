@@ -10,13 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models.ddp_gradients import MODES, SMALL, make_batch, make_clip
+from torch import nn
 from torch.testing import assert_close
 
 from unclip.config import OptimConfig, TrainerConfig
 from unclip.errors import ConfigError
 from unclip.models.clip import CLIP, CLIPConfig, interpolate
 from unclip.models.contrastive import Contrast, sigmoid_loss
-from unclip.optim import make_optimizer
+from unclip.optim import make_optimizer, resting_statistics
 from unclip.stages.clip import ClipStage
 
 
@@ -81,6 +82,20 @@ def test_sam_takes_the_gradient_uphill_and_leaves_the_weights() -> None:
     assert_same(found, wanted)
     with pytest.raises(AssertionError):
         assert_same(found, flat)
+
+
+def test_sam_leaves_batch_norms_statistics_to_the_first_pass() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    x = torch.randn(2, 3, 8, 8)
+    net(x)
+    before = copy.deepcopy(net[1].state_dict())
+    with resting_statistics(net):
+        net(x + 1)
+    assert torch.equal(before["running_mean"], net[1].running_mean)
+    assert torch.equal(before["running_var"], net[1].running_var)
+    net(x + 1)
+    assert not torch.equal(before["running_mean"], net[1].running_mean)
 
 
 def test_two_ranks_agree_with_one_device(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def shapes(
     out: Out,
     num: Annotated[int, typer.Option(help="Training pictures.")] = 20_000,
     size: Annotated[int, typer.Option(help="Side in pixels.")] = 64,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same pictures.")] = 0,
     objects: Annotated[str, typer.Option(help="Objects a picture, as LOW-HIGH, up to 8.")] = "1-2",
     signs: Annotated[float, typer.Option(help="Share of pictures that hold a sign with a word.")] = 0.0,
 ) -> None:
@@ -132,7 +132,7 @@ def import_clip(
     ] = "",
 ) -> None:
     """Make a CLIP artifact from pretrained weights, without training."""
-    from unclip.artifact import Manifest, save
+    from unclip.artifact import Manifest, refuse_run, save
     from unclip.config import to_plain
     from unclip.models.clip import CLIP, CLIPConfig
     from unclip.models.clip_sources import is_foreign
@@ -140,6 +140,7 @@ def import_clip(
 
     if not pretrained and not is_foreign(name):
         raise typer.BadParameter(f"{name} alone has no weights: add --pretrained TAG or --pretrained FILE")
+    refuse_run(out)
     model = CLIP(CLIPConfig(name=name, pretrained=pretrained))
     model.fit()
     folder = save(out, model, Manifest("clip", "clip", to_plain(model.cfg), to_plain(model.interface())))
@@ -157,10 +158,11 @@ def wise_ft(
     ] = 0.5,
 ) -> None:
     """Mix a fine-tuned CLIP with the one that it started from (WiSE-FT), which often keeps more of what that one knew."""
-    from unclip.artifact import Manifest, load, save
+    from unclip.artifact import Manifest, load, refuse_run, save
     from unclip.models.clip import interpolate
     from unclip.report.run import report_quietly
 
+    refuse_run(out)
     (before, first), (model, second) = load(start, kind="clip"), load(tuned, kind="clip")
     interpolate(before, model, share)
     parents = {"start": first.hash, "tuned": second.hash}

@@ -42,6 +42,8 @@ class DrawnConfig(SourceConfig):
         super().__post_init__()
         if self.runs is not None and super().is_given:
             raise ConfigError("drawn.runs draws pictures; leave out drawn.folder, drawn.split and drawn.coco, or runs")
+        if self.seed < 0:
+            raise ConfigError(f"drawn.seed={self.seed} must not be negative")
         if self.per_caption < 1 or self.batch_size < 1:
             raise ConfigError(f"per_caption={self.per_caption} and batch_size={self.batch_size} must be at least 1")
         if self.runs is None and (self.captions.is_given or self.per_caption > 1):

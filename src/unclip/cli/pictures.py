@@ -59,6 +59,10 @@ def _prior_sampling(options: Overrides, pipeline: UnCLIP) -> AnyPriorSampling | 
         return None
     how, name = pipeline.defaults["prior"], pipeline.manifests["prior"].model
     diffusing = (options.prior_steps, options.prior_guidance, options.prior_sampler)
+    if not pipeline.sees_z_i and any(value is not None for value in (options.candidates, *diffusing)):
+        raise ConfigError(
+            "the decoder of this chain sees no z_i, so no prior runs: leave out --candidates and --prior-…"
+        )
     if isinstance(how, NoSampling):
         if any(value is not None for value in (options.candidates, *diffusing)):
             raise ConfigError(
@@ -206,6 +210,16 @@ def read_lines(path: Path | None) -> list[str]:
 def write_embeddings(request: Request, captions: list[str], num: int, negative: str | None) -> None:
     """What the prior makes of captions: ``image_emb.npy`` (N, D) float32 and ``rows.json`` below ``request.out``."""
     pipeline = load(request)
+    for option in (
+        "decoder_steps",
+        "decoder_guidance",
+        "decoder_sampler",
+        "upsampler_steps",
+        "upsampler_sampler",
+        "size",
+    ):
+        if vars(request)[option] is not None:
+            raise ConfigError(f"--{option.replace('_', '-')} is not for --stop-after prior, where only the prior runs")
     how = sampling(replace(request, stop_after=None), pipeline)
     with bar_of(request.as_json) as progress:
         z_i = pipeline.sample_embeddings(
@@ -245,8 +259,7 @@ def repeat_picture(file: Path, runs: Path, out: Path, as_json: bool) -> None:
 def compare_split(runs: Path, split: Path, out: Path, *, num: int, seed: int, batch_size: int) -> None:
     """One sheet: the real picture, one from its caption through the prior, one from its own z_i; caption path on."""
     pipeline = UnCLIP.load(runs)
-    shards = Shards(split)
-    samples = [shards.read(i * len(shards) // num) for i in range(min(num, len(shards)))]
+    samples = Shards(split).spread(num)
     clip_size = pipeline.clip_size
     rows = []
     for start in range(0, len(samples), batch_size):

@@ -1,7 +1,7 @@
 """``unclip plan``: what a training would take."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import typer
@@ -28,8 +28,9 @@ class PlanSettings:
     """What `unclip plan` takes beside the stage's own settings.
 
     ``stage``: clip, prior, decoder or upsampler; by default the one that the experiment or the model names, else decoder.
-    ``batch``: trainer.batch_size. ``tflops``: what a GPU does in bfloat16 at best, by default an A100's; ``mfu``: the share of it
-    that the training reaches. The widths are those of the CLIP, by default ViT-L/14's.
+    ``batch``: trainer.batch_size. ``gpus``: by default trainer.devices times trainer.num_nodes. ``tflops``: what a GPU does in
+    bfloat16 at best, by default an A100's; ``mfu``: the share of it that the training reaches. The widths are those of the CLIP,
+    by default ViT-L/14's.
     """
 
     stage: str = ""
@@ -96,9 +97,16 @@ def read(arguments: Sequence[str]) -> tuple[PlanSettings, TrainConfig, str]:
             raw = compose(f"train_{stage}", [forced(argument) for argument in [*needed, *others]])
     except HydraException as error:
         raise ConfigError(f"{error}; is {stage} the stage? Say stage=clip, prior, decoder or upsampler") from error
-    cfg = typed(raw if stage == "clip" else with_init(raw, stage), ROOTS[stage])
+    cfg: TrainConfig = typed(raw if stage == "clip" else with_init(raw, stage), ROOTS[stage])
     if getattr(cfg, "lora_rank", 0) or getattr(getattr(cfg, "model", None), "lora_rank", 0):
         raise ConfigError("unclip plan follows whole weights, not adapters: leave out lora_rank")
+    given = cfg.trainer.devices * cfg.trainer.num_nodes
+    if "gpus" not in own:
+        settings = replace(settings, gpus=given)
+    elif given not in (1, settings.gpus):
+        raise ConfigError(
+            f"gpus={settings.gpus}, but trainer.devices times trainer.num_nodes is {given}: leave out one of them"
+        )
     return settings, cfg, stage
 
 

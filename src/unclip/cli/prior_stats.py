@@ -31,7 +31,8 @@ def add_statistics(
         raise ArtifactError(
             f"{run} holds a prior of kind {manifest.model}; only a diffusion_prior has analytic variances"
         )
-    source = UnclipData(_data_config(run, manifest, data, embeddings), seed, min(batch_size, num), model.cfg.columns)
+    place = _data_config(run, manifest, data, embeddings)
+    source = UnclipData(place, seed, min(batch_size, num), model.cfg.columns, raw=model.cfg.is_raw)
     if source.interface.clip != manifest.interface["clip"]:
         raise ArtifactError(
             f"{run} was trained on CLIP {manifest.interface['clip'][:8]} but {source.cfg.embeddings} holds embeddings of CLIP "

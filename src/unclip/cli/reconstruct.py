@@ -15,7 +15,7 @@ from unclip.data.shards import Shards
 from unclip.data.transforms import load_image
 from unclip.errors import ConfigError
 from unclip.jobs import Sampling
-from unclip.manipulate import find_latents, invertible, variation_jobs
+from unclip.manipulate import find_latents, invertible, need_text, variation_jobs
 from unclip.models.pictures import to_uint8
 from unclip.pipeline import UnCLIP
 
@@ -36,6 +36,8 @@ def measure_reconstruction(
     pipeline = UnCLIP.load(runs)
     samples = Shards(data / "val" if (data / "val").is_dir() else data).spread(num)
     pictures = torch.stack([load_image(s.image, max(pipeline.clip_size, pipeline.size)) for s in samples])
+    if captions:
+        need_text(pipeline)
     texts = [s.caption for s in samples] if captions else None
     counts = _counts(steps)
     found = {}

@@ -120,8 +120,9 @@ class UnclipData(pl.LightningDataModule):
     """
 
     def __init__(
-        self, cfg: DataConfig, seed: int, batch_size: int, needs: Sequence[str], tokenize: Tokenize | None = None
-    ) -> None:
+        self, cfg: DataConfig, seed: int, batch_size: int, needs: Sequence[str], tokenize: Tokenize | None = None,
+        raw: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         unknown = set(needs) - set(COLUMNS)
         if unknown:
@@ -135,12 +136,19 @@ class UnclipData(pl.LightningDataModule):
         self.tokenize = tokenize
         self.degrade: Callable[[Batch], Batch] | None = None  # what workers do to a batch, last of all
         self._live = cfg.text_states is TextStates.live and "text_seq" in needs
+        if cfg.clip is not None and not self._live:
+            raise ConfigError(
+                f"data.clip={cfg.clip} makes caption states, which this model does not read: leave it out"
+            )
         self.needs = tuple(name for name in needs if name != "text_seq") if self._live else tuple(needs)
         self.rank, self.world_size = 0, 1
         self._start = 0
         self._splits: dict[str, Split] = {}
         self._others: dict[str, Split] = {}
         self.embeddings = Embeddings(cfg.embeddings, cfg.train_split) if cfg.embeddings else None
+        self._raw = raw
+        if raw and self.embeddings is not None:
+            self.embeddings.refuse_unit_norm()
         self.num_read, self.num_replaced = 0, 0  # samples that arrived in this process, and those that others replaced
         self._damaged: list[str] = []
         self._before = [0, 0]  # read and replaced by all ranks when the run was resumed
@@ -179,7 +187,7 @@ class UnclipData(pl.LightningDataModule):
         for split in self._train_splits():
             parts.append(split.shards.fingerprint)
             if split.embeddings is not None:
-                parts += [split.embeddings.interface.clip, str(split.embeddings.manifest["data"][self.cfg.train_split])]
+                parts += split.embeddings.identity
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     @cached_property
@@ -224,6 +232,9 @@ class UnclipData(pl.LightningDataModule):
                 self._others[name] = Split(cfg, self.cfg.train_split, self.needs, self.tokenize)
             splits.append(self._others[name])
         first, *rest = [split.embeddings.interface if split.embeddings else None for split in splits]
+        for split in splits[1:]:
+            if self._raw and split.embeddings is not None:
+                split.embeddings.refuse_unit_norm()
         for other, interface in zip(self.cfg.others, rest, strict=True):
             if interface != first:
                 raise ConfigError(

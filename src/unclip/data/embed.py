@@ -83,7 +83,7 @@ class EmbedConfig:
         for name in ("captions", "crops"):
             if self.__dict__[name] < 1:
                 raise ConfigError(f"{name}={self.__dict__[name]} must be at least 1")
-        for name in ("batch_size", "num_workers"):
+        for name in ("batch_size", "num_workers", "seed"):
             if self.__dict__[name] < 0:
                 raise ConfigError(f"{name}={self.__dict__[name]} must not be negative")
         if self.part < 0 or self.part >= max(self.parts, 1):
@@ -169,7 +169,8 @@ def embed_with(clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:
     names = _split_names(cfg)
     splits = {name: Shards(f"{cfg.data.rstrip('/')}/{name}", cfg.remote) for name in names}
     writers = {
-        name: EmbeddingsWriter(Path(cfg.run), name, interface, cfg.columns, cfg.dtype, cfg.variants) for name in names
+        name: EmbeddingsWriter(Path(cfg.run), name, interface, cfg.columns, cfg.dtype, cfg.variants, cfg.precision.name)
+        for name in names
     }
     every = [_Job(splits[name], writers[name], shard) for name in names for shard in range(len(splits[name].names))]
     part, parts = cfg.share()

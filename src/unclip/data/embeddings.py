@@ -27,7 +27,7 @@ from torch import Tensor
 from unclip.data import joined
 from unclip.data.shards import Shards
 from unclip.data.variants import Variants
-from unclip.errors import DataError
+from unclip.errors import ConfigError, DataError
 from unclip.models.interface import Interface
 
 VERSION = 1
@@ -85,6 +85,20 @@ class Embeddings:
         """Whether the rows are unit-norm, as imported ones may be: CLIP's raw outputs cannot be had from them."""
         return self.manifest["normalised"]
 
+    def refuse_unit_norm(self) -> None:
+        """ConfigError for unit-norm rows, which a model of raw outputs cannot take."""
+        if self.normalised:
+            raise ConfigError(
+                f"{self.folder} holds unit-norm rows, but the model takes CLIP's raw outputs, which cannot be had from them: run "
+                "unclip-embed, or take model.embedding_space=scaled (a prior), model.embedding_norm=unit (a decoder)"
+            )
+
+    @property
+    def identity(self) -> list[str]:
+        """What tells these rows from others: the CLIP, the shards, and how they were embedded."""
+        how = [str(self.manifest.get(name)) for name in ("dtype", "variants", "precision")]
+        return [self.interface.clip, str(self.manifest["data"][self.split]), *how]
+
     @property
     def stats(self) -> dict[str, np.ndarray]:
         """Of the split's raw embeddings: count of pictures; image_count, image_mean and image_std (D,), image_norm; text_…"""
@@ -101,7 +115,8 @@ class Embeddings:
         except (OSError, SafetensorError) as error:
             raise DataError(
                 f'{path} is missing or damaged: the same unclip-embed again adds what CLIP makes of the caption "", without '
-                "embedding anew; imported embeddings cannot have it: take model.conditioning.null_text=zero or learned"
+                "embedding anew; imported embeddings cannot have it: take null_text=zero or learned (in model.conditioning of a "
+                "decoder, in model.net of a prior)"
             ) from error
 
     @property

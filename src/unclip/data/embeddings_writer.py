@@ -80,10 +80,12 @@ class EmbeddingsWriter:
         columns: Sequence[str],
         dtype: str,
         variants: Variants = ONE,
+        precision: str = "",
     ) -> None:
         self.folder, self.split_dir, self.split = Path(folder), Path(folder) / split, split
         self.interface, self.variants = interface, variants
         self.settings = {"clip": interface.clip, "columns": list(columns), "dtype": dtype, "variants": asdict(variants)}
+        self.settings["precision"] = precision
         self.split_dir.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.folder.glob("*/*/shard.json")):
             self._check(path)
@@ -215,8 +217,9 @@ def _shard_facts(path: Path) -> dict[str, Any]:
     """shard.json; DataError where it is damaged."""
     try:
         facts = json.loads(path.read_text())
-        facts.setdefault("variants", asdict(ONE))  # older folders know one caption and one crop
-        return {name: facts[name] for name in ("clip", "columns", "dtype", "variants", "data", "num_rows", "moments")}
+        facts = {"variants": asdict(ONE), "precision": "", **facts}  # older folders know one caption and one crop
+        names = ("clip", "columns", "dtype", "variants", "precision", "data", "num_rows", "moments")
+        return {name: facts[name] for name in names}
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} is missing or damaged ({error!r}); remove {path.parent}, run unclip-embed") from error
 

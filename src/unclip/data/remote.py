@@ -21,6 +21,16 @@ PIPE = "pipe:"  # before a shell command that prints a shard
 CHUNK = 8 << 20  # bytes of one request when a shard is read from its beginning to its end
 _FIRST_WAIT, _LONGEST_WAIT = 0.25, 30.0  # seconds
 _CONNECT, _READ = 10, 60  # seconds until a silent server counts as away
+_REFUSED = (  # of botocore: credentials that are missing, incomplete, out of date or named wrongly
+    *(
+        "NoCredentialsError",
+        "PartialCredentialsError",
+        "CredentialRetrievalError",
+        "ProfileNotFound",
+        "ConfigParseError",
+    ),
+    *("SSOTokenLoadError", "UnauthorizedSSOTokenError", "TokenRetrievalError"),
+)
 _FINAL_STATUS = range(400, 500)  # answers that asking again does not change, but for these:
 _BUSY_STATUS = (408, 425, 429)
 _FINAL_ERRNO = (errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENOSPC, errno.EDQUOT)
@@ -226,10 +236,7 @@ def _is_refusal(error: Exception) -> bool:
 
     if isinstance(error, aiohttp.ClientResponseError):
         return error.status in (401, 403)
-    return isinstance(error, PermissionError) or type(error).__name__ in (
-        "NoCredentialsError",
-        "PartialCredentialsError",
-    )
+    return isinstance(error, PermissionError) or type(error).__name__ in _REFUSED
 
 
 def _is_final(error: Exception) -> bool:

@@ -73,6 +73,11 @@ class DataConfig:
             )
         if (self.text_states is TextStates.live) != (self.clip is not None):
             raise ConfigError("data.text_states=live and data.clip=RUN belong together; give both or neither")
+        if self.val_path is not None and self.val_split in (None, self.train_split):
+            raise ConfigError(
+                f"data.val_path={self.val_path} is the data set of the validation split, but data.val_split={self.val_split}: give "
+                f"that split there a name other than train_split={self.train_split}"
+            )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers={self.num_workers} must not be negative")
         Mixture(self.weights, seed=0)  # refuses useless weights before anything is read

@@ -101,7 +101,7 @@ class Crops:
             folder = pictures.shards.split_dir
             raise DataError(
                 f"{folder} has damaged pictures ({', '.join(damaged[:3])}{' …' if damaged[3:] else ''}); "
-                f"`unclip data check {folder.parent}` takes them out of its index, then run unclip-embed again"
+                f"delete its index.json, then `unclip data check {folder.parent}` writes one without them; embed again"
             )
         return image
 

@@ -174,7 +174,7 @@ def evaluate_prior(cfg: PriorEvaluateConfig) -> dict[str, Any]:
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device)
     model: Any = loaded.to(device).requires_grad_(True)  # autocast only keeps the casts of such weights
     how = with_changes(model.default_sampling(), cfg.sampling)
-    data = UnclipData(_one_split(cfg.data), cfg.seed, cfg.batch_size, needs=model.cfg.columns)
+    data = UnclipData(_one_split(cfg.data), cfg.seed, cfg.batch_size, needs=model.cfg.columns, raw=model.cfg.is_raw)
     if data.interface.clip != manifest.interface["clip"]:
         raise ArtifactError(
             f"{cfg.prior} was trained on CLIP {manifest.interface['clip'][:8]} but {cfg.data.embeddings} holds embeddings of "
@@ -218,4 +218,5 @@ def _merged(plain: Any, changes: dict[str, Any]) -> dict[str, Any]:
 def _one_split(cfg: DataConfig) -> DataConfig:
     """Only the split to evaluate on need be there."""
     assert cfg.val_split is not None
-    return replace(cfg, train_split=cfg.val_split, others=[])
+    path = cfg.path if cfg.val_path is None else cfg.val_path
+    return replace(cfg, path=path, val_path=None, train_split=cfg.val_split, others=[])

@@ -56,7 +56,8 @@ def _stages(runs: Path) -> dict[str, Path]:
     try:
         return {artifact.read_manifest(runs).kind: runs}
     except ArtifactError:
-        names = [path.name for path in sorted(runs.glob("*")) if artifact.kind_named(path.name) in _KINDS]
+        found = [path for path in sorted(runs.glob("*")) if artifact.kind_named(path.name) in _KINDS]
+        names = [path.name for path in found if artifact.is_there(path)]
         if not names:
             raise
         return {name: runs / name for name in names}

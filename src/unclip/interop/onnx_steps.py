@@ -83,7 +83,9 @@ def _decoder(name: str, decoder: Decoder) -> list[Step]:
         inputs["keep_image"] = torch.tensor([True, False])
     if conditioning.reads_text:
         inputs["keep_text"] = torch.tensor([False, True])
-    columns = [column for column in decoder.cfg.columns if column != "image"]
+    embeddings = {"image_emb": conditioning.image, "text_emb": conditioning.text_emb}
+    columns = [column for column, sees in embeddings.items() if sees]
+    columns += [column for column in decoder.cfg.columns if column in ("tokens", "text_seq")]
 
     def runner(net: Any) -> Callable[[dict[str, Tensor]], tuple[Tensor, ...]]:
         def run(given: dict[str, Tensor]) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from unclip.errors import ConfigError, UnclipError
 from unclip.models.ar_prior import ARPrior, ARPriorConfig
 from unclip.models.baseline_priors import (
     EclipsePrior,
@@ -35,8 +36,13 @@ REGISTRY: dict[str, tuple[type[ModelConfig], type[nn.Module]]] = {
 
 
 def build(config: ModelConfig, interface: Interface) -> Any:
-    """The model that ``config`` describes, freshly initialised."""
-    return REGISTRY[name_of(config)][1](config, interface)
+    """The model that ``config`` describes, freshly initialised. ConfigError where it does not fit the CLIP's widths."""
+    try:
+        return REGISTRY[name_of(config)][1](config, interface)
+    except UnclipError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"model={name_of(config)}: {error}") from error
 
 
 def name_of(config: ModelConfig) -> str:

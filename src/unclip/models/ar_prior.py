@@ -70,6 +70,12 @@ class ARPriorConfig(PriorConfig):
             raise ValueError(
                 f"num_buckets={self.num_buckets}, num_dots={self.num_dots} and fit_rows={self.fit_rows} must be at least 2"
             )
+        if self.edges is Edges.quantile and self.bucket_range != 4.0:
+            raise ValueError(
+                "bucket_range is the reach of edges=uniform; the data set that of quantile edges: leave it out"
+            )
+        if self.net.text.gradient_checkpointing:
+            raise ValueError("set net.gradient_checkpointing, which holds for the caption's encoder too")
         if self.bucket_range <= 0:
             raise ValueError(f"bucket_range is {self.bucket_range}; standard deviations on either side are positive")
         if not 0 <= self.drop_text <= 1:
@@ -78,6 +84,21 @@ class ARPriorConfig(PriorConfig):
     @property
     def columns(self) -> tuple[str, ...]:
         return ("image_emb", "text_emb", "tokens")
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        return (
+            *(
+                "explained_variance",
+                "num_components",
+                "num_buckets",
+                "edges",
+                "bucket_range",
+                "bucket_value",
+                "fit_rows",
+            ),
+            "num_dots",
+        )
 
 
 class ARPrior(nn.Module):
@@ -137,6 +158,13 @@ class ARPrior(nn.Module):
             edges = quantile_edges(coefficients, cfg.num_buckets)
         self.buckets.fit(coefficients, edges, cfg.bucket_value)
         self.dot_edges.copy_(quantile_edges(dots[:, None], cfg.num_dots)[0])
+
+    def assume_fit(self) -> None:
+        """Zeros in the shapes of a fit with as many codes as these settings allow: for a plan, which has no embeddings."""
+        count = self.cfg.num_components or self.cfg.net.context - 1
+        self.pca.basis = torch.zeros(count, self.interface.embed_dim)
+        self.buckets.edges = torch.zeros(count, self.cfg.num_buckets + 1)
+        self.buckets.values = torch.zeros(count, self.cfg.num_buckets)
 
     def finish(self, embeddings: Any) -> None:
         """Nothing to gather after training."""
@@ -230,7 +258,7 @@ class ARPrior(nn.Module):
     def _unguided(self, negative: Cond | None, rows: int, dot: Tensor, k: int) -> tuple[Prefix, Tensor]:
         if negative is None:
             return self.net.null_prefix(rows * k), torch.full_like(dot, self.cfg.num_dots)
-        return self.net.prepare(self._scaled(negative), Keep()).repeat(k), dot
+        return self.net.prepare(self._scaled(negative), Keep()).repeat(rows * k // len(negative)), dot
 
     def _nats(self, batch: Batch, keep: Keep) -> Tensor:
         """(B, k) cross-entropies of the codes."""

@@ -49,6 +49,10 @@ class LinearPriorConfig(PriorConfig):
         return ("image_emb", "text_emb", *(("tokens", "text_seq") if self.caption_mean else ()))
 
     @property
+    def fitted(self) -> tuple[str, ...]:
+        return ("ridge",)
+
+    @property
     def trains(self) -> bool:
         return False
 
@@ -85,6 +89,8 @@ class EclipsePriorConfig(PriorConfig):
             raise ValueError(
                 f"contrast={self.contrast} must not be negative, temperature={self.temperature} be positive"
             )
+        if self.contrast == 0 and self.temperature != 0.07:
+            raise ValueError("temperature is that of the contrast, which contrast=0 leaves out: leave it out too")
         if self.net.null_text is not NullText.zero:
             raise ValueError(f"net.null_text={self.net.null_text.name}: this prior drops no captions; leave it at zero")
 
@@ -158,7 +164,9 @@ class LinearPrior(BaselinePrior):
         size, outputs = self.weight.shape
         xx, xy = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, outputs, dtype=torch.float64)
         x_sum, y_sum = xx.new_zeros(size), xx.new_zeros(outputs)
-        for part in in_parts(embeddings, self.cfg.columns):
+        for part in in_parts(
+            embeddings, self.cfg.columns, 1024 if self.cfg.caption_mean else 65536
+        ):  # states are large
             cond = Cond(text_emb=scaled(part["text_emb"]), text_seq=part.get("text_seq"), tokens=part.get("tokens"))
             x, y = self._inputs(cond).double(), scaled(part["image_emb"]).double()
             xx, xy, x_sum, y_sum = xx + x.T @ x, xy + x.T @ y, x_sum + x.sum(0), y_sum + y.sum(0)

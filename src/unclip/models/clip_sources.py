@@ -84,7 +84,7 @@ def _refuse_unsupported(name: str, model: dict[str, Any]) -> None:
 def load_weights(model: Any, name: str, pretrained: str) -> None:
     """Load what ``pretrained`` names (a tag or a file), or a foreign model's own weights, without running pickled code.
 
-    All names must fit, but for SigLIP's bias, which CLIP has not.
+    All names must fit, but for SigLIP's bias, which CLIP has not: a model that wants one begins with its own scale and bias then.
     """
     import open_clip
 
@@ -92,11 +92,14 @@ def load_weights(model: Any, name: str, pretrained: str) -> None:
         _foreign_file(name, list(WEIGHTS)) if is_foreign(name) and not pretrained else _weights_file(name, pretrained)
     )
     log.info("loading CLIP weights from %s", path)
+    own = {name: p.detach().clone() for name, p in model.named_parameters() if name in ("logit_scale", "logit_bias")}
     with _told(path, name):
         found: Any = open_clip.load_checkpoint(model, str(path), strict=False, weights_only=True)
         wrong = {*found.missing_keys, *found.unexpected_keys} - {"logit_bias"}
         if wrong:
             raise KeyError(f"missing or unknown: {', '.join(sorted(wrong)[:4])} ({len(wrong)} in all)")
+    if "logit_bias" in own and not model.logit_bias.any():  # open_clip fills in 0 where a file has none
+        model.load_state_dict(own, strict=False)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from unclip.errors import ConfigError
 from unclip.models.inputs import text_side
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import resize, training_pictures
-from unclip.models.sampling import DiffusionSampling
+from unclip.models.sampling import DiffusionSampling, check_goes_with
 from unclip.models.second_net import take_first
 from unclip.nets.conditioned import ConditioningConfig, DecoderNet, DecoderText, SketchConfig
 from unclip.nets.layers import ClipWidths, Cond, Keep, NullText
@@ -99,6 +99,8 @@ class DecoderConfig(ModelConfig):
             if not 0 <= rate <= 1:
                 raise ValueError(f"{name} is {rate}; a probability lies in [0, 1]")
 
+        check_goes_with(self.sampling, self.diffusion)
+
     def _check_split(self) -> None:
         if not 0 <= self.split < 1 or (self.split and not 0 < self.limit < self.diffusion.num_timesteps):
             raise ValueError(f"split is {self.split}, a share of the timesteps: above 0 and below 1, or 0 for one net")
@@ -137,6 +139,10 @@ class DecoderConfig(ModelConfig):
         # how each net learns is its own affair
         diffusion = replace(self.diffusion, weighting=Weighting.simple, snr_limit=5.0, timesteps=Timesteps.uniform)
         return self.image_size, net, conditioning, diffusion, self.split, embedding
+
+    @property
+    def is_raw(self) -> bool:
+        return self.embedding_norm is EmbeddingNorm.raw and (self.conditioning.image or self.conditioning.text_emb)
 
     @property
     def columns(self) -> tuple[str, ...]:

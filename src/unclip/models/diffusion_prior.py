@@ -18,7 +18,7 @@ from unclip.errors import ConfigError
 from unclip.models.inputs import in_parts, scaled, text_side
 from unclip.models.interface import Interface, PriorConfig
 from unclip.models.pca import PCA
-from unclip.models.sampling import PriorSampling
+from unclip.models.sampling import PriorSampling, check_goes_with
 from unclip.nets.layers import ClipWidths, Cond, Keep, NullText
 from unclip.nets.prior_run import PriorRun
 from unclip.nets.transformer import PriorContext, PriorNet, PriorNetConfig
@@ -71,10 +71,23 @@ class DiffusionPriorConfig(PriorConfig):
             raise ValueError(f"drop_text is {self.drop_text}; a probability lies in [0, 1]")
         if self.num_draws < 1:
             raise ValueError(f"num_draws is {self.num_draws}; it must be at least 1")
+        self.check(self.sampling)
+
+    def check(self, how: PriorSampling) -> None:
+        """ConfigError for sampling settings that do not go with these."""
+        check_goes_with(how, self.diffusion)
 
     @property
     def columns(self) -> tuple[str, ...]:
         return ("image_emb", "text_emb", *self.net.text.columns)
+
+    @property
+    def is_raw(self) -> bool:
+        return self.embedding_space is not EmbeddingSpace.scaled
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        return ("embedding_space",)
 
 
 class DiffusionPrior(nn.Module):
@@ -116,11 +129,6 @@ class DiffusionPrior(nn.Module):
             if embeddings is None:
                 raise ConfigError('net.null_text=empty needs the caption "" as CLIP reads it: set data.embeddings')
             self.set_empty_caption(**embeddings.empty_caption())
-        if not self.scaled and embeddings.normalised:
-            raise ConfigError(
-                f"{embeddings.folder} holds unit-norm rows, but embedding_space={self.cfg.embedding_space.value} needs CLIP's "
-                "raw outputs, which cannot be had from them; take model.embedding_space=scaled, or run unclip-embed"
-            )
         match self.cfg.embedding_space:
             case EmbeddingSpace.whitened:
                 self.clip_mean.copy_(torch.as_tensor(embeddings.stats["image_mean"]).view(1, -1))
@@ -201,6 +209,7 @@ class DiffusionPrior(nn.Module):
         Guidance is against a dropped text side or, where ``negative`` is given, against its captions: B of them, or one.
         """
         assert cond.text_emb is not None, "the prior needs text_emb (z_t)"
+        self.cfg.check(how)
         schedule = how.sampler.levels_of(self.diffusion.schedule).to(cond.text_emb.device)
         branches = [self.net.prepare(self._scaled(cond), Keep())]
         if how.guidance.scale != 1.0:

@@ -33,6 +33,16 @@ class ModelConfig:
         """Whether the model has weights to train; others are complete when they are fitted."""
         return True
 
+    @property
+    def is_raw(self) -> bool:
+        """Whether z_i and z_t are taken, and by a prior made, as CLIP's raw outputs; else their norms do not count."""
+        return False
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        """The settings that only a fit reads, so that weights that came from another one cannot follow them."""
+        return ()
+
 
 @dataclass
 class PriorConfig(ModelConfig):

@@ -6,8 +6,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from unclip.diffusion.guidance import Guidance
+from unclip.diffusion.guidance import Guidance, Threshold
 from unclip.diffusion.samplers import Sampler, SamplerConfig
+from unclip.diffusion.schedule import ScheduleName
+from unclip.diffusion.settings import DiffusionConfig
 from unclip.errors import ConfigError
 
 
@@ -28,6 +30,24 @@ class DiffusionSampling:
             raise ValueError(
                 "sampler.name=analytic is for diffusion priors; here take ancestral, ddim, dpmpp_2m, unipc or heun"
             )
+
+
+def check_goes_with(how: DiffusionSampling, diffusion: DiffusionConfig) -> None:
+    """ConfigError for a sampler or a guidance that a model of this diffusion cannot have."""
+    if how.sampler.num_levels > diffusion.num_timesteps:
+        raise ConfigError(
+            f"sampling.sampler.num_steps is {how.sampler.num_steps}, but diffusion.num_timesteps={diffusion.num_timesteps}: take "
+            "fewer steps than the model is trained with"
+        )
+    if how.sampler.name is Sampler.karlo and diffusion.schedule is ScheduleName.flow:
+        raise ConfigError(
+            "sampling.sampler.name=karlo is for Karlo's and diffusers' schedules, not for diffusion.schedule=flow"
+        )
+    if how.guidance.threshold is Threshold.dynamic and diffusion.clip_range is None:
+        raise ConfigError(
+            "sampling.guidance.threshold=dynamic needs a known range: set diffusion.clip_range (1.0 for pictures), or "
+            "threshold=none"
+        )
 
 
 D = TypeVar("D", bound=DiffusionSampling)

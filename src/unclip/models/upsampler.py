@@ -16,7 +16,7 @@ from unclip.diffusion.settings import DiffusionConfig, Predict
 from unclip.errors import ConfigError
 from unclip.models.interface import Interface, ModelConfig
 from unclip.models.pictures import Bsr, blur, crop, resize, to_range, training_pictures
-from unclip.models.sampling import UpsamplerSampling
+from unclip.models.sampling import UpsamplerSampling, check_goes_with
 from unclip.models.second_net import take_first
 from unclip.nets.conditioned import UpsamplerNet
 from unclip.nets.tiles import in_tiles
@@ -84,6 +84,7 @@ class UpsamplerConfig(ModelConfig):
 
     def check(self, how: UpsamplerSampling) -> None:
         """ConfigError for sampling settings that do not go with these."""
+        check_goes_with(how, self.diffusion)
         if how.noise_level > self.max_noise:
             raise ConfigError(
                 f"sampling.noise_level is {how.noise_level}, but training knows noise up to "

@@ -18,7 +18,15 @@ from unclip.config import OnNonfinite, OptimConfig, TrainerConfig
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.errors import DivergedError
-from unclip.optim import AdamWEMA, clip_gradients, learning_rate, make_optimizer, no_optimizer, perturbed
+from unclip.optim import (
+    AdamWEMA,
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    no_optimizer,
+    perturbed,
+    resting_statistics,
+)
 from unclip.stages.sharded import average_scalars, shard
 
 
@@ -133,7 +141,7 @@ class Stage(pl.LightningModule):
             return self._backward(batch)
         with self._unsynced():  # each rank climbs by its own gradient, as in the paper
             terms = self._backward(batch)
-        with perturbed(list(self.model.parameters()), self.optim_cfg.sam_rho):
+        with perturbed(list(self.model.parameters()), self.optim_cfg.sam_rho), resting_statistics(self.model):
             self._backward(batch)
         return terms
 
