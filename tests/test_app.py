@@ -199,6 +199,10 @@ def test_importing_a_clip_of_the_registry(tmp_path: Path):
 
 
 def test_importing_what_is_no_file_and_no_tag_is_refused(tmp_path: Path, tiny_name: str):
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "identity.json").write_text("{}")
+    result = run("import", "clip", tiny_name, "--pretrained", tmp_path / "no.pt", "--out", tmp_path / "trained")
+    assert "is a training run, whose artifact this would replace" in str(result.exception)
     result = run("import", "clip", tiny_name, "--pretrained", tmp_path / "no.pt", "--out", tmp_path / "clip")
     assert isinstance(result.exception, ConfigError)
     assert "no.pt is neither a file nor a tag of 'ViT-tiny-for-tests'" in str(result.exception)

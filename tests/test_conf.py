@@ -98,6 +98,11 @@ def test_the_papers_clip_is_vit_h_16_on_two_data_sets_in_equal_parts():
     assert 0.9e9 < sum(p.numel() for p in clip.parameters()) < 1.1e9
 
 
+def test_the_papers_clip_averages_no_weights():
+    given = ["run=r", "data.path=d", "experiment=paper_clip", "data.others=[{path: e}]"]
+    assert composed("train_clip", given).optim.ema_decay == 0
+
+
 @pytest.mark.parametrize("root", ["train_prior", "train_decoder"])
 def test_every_sampling_and_diffusion_setting_is_reachable(root: str):
     sampling = "model.sampling"

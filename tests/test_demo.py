@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from test_probe_scripts import script
+from doc_check import check
+from doc_pages import Command
+from test_probe_scripts import script, stand_ins  # noqa: F401  the fixture
 from tests_support import environment
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +38,25 @@ def test_numbers_have_a_point_in_every_language():
         assert "EPOCHREALTIME" not in text, path
         assert text.count("awk -v") + text.count("awk '") == text.count("LC_ALL=C awk "), path
     assert "LC_ALL=C awk " in (ROOT / "scripts" / "timed.sh").read_text()
+
+
+@pytest.mark.parametrize("name", ["demo.sh", "emoji.sh"])
+@pytest.mark.usefixtures("stand_ins")
+def test_every_command_of_the_script_is_one(name: str, tmp_path: Path):
+    """Each line that the script prints is looked up: programs, options, settings, presets. The stand-ins do nothing."""
+    runs = tmp_path / "runs"
+    said = script(name, "10", str(runs))
+    lines = [line.removeprefix("$ ") for line in said.splitlines() if line.startswith("$ ")]
+    for log in runs.glob("*.log"):
+        lines += [line.removeprefix("$ ") for line in log.read_text().splitlines() if line.startswith("$ ")]
+    assert {"train-clip", "unclip-embed", "train-prior", "train-decoder", "train-upsampler"} <= {
+        s.split()[0] for s in lines
+    }
+    for number, line in enumerate(lines):
+        check(Command(ROOT / "scripts" / name, number, tuple(shlex.split(line))))
+    minutes = [float(found) for found in re.findall(r"trainer\.max_minutes=([0-9.]+)", " ".join(lines))]
+    assert sum(minutes) > 10, "some stages train side by side"
+    assert max(minutes) < 7
 
 
 @pytest.mark.slow

@@ -233,6 +233,19 @@ def test_inpainting_changes_what_is_white_and_nothing_else(chain: UnCLIP, captio
         assert difference(drawn.image[:, mask], picture[:, mask]) > 5
 
 
+def test_temperature_zero_leaves_only_the_noise_it_begins_with(chain: UnCLIP):
+    inpainted, varied = [], []
+    for temperature in (1.0, 0.0):
+        ancestral = Sampling(decoder=DiffusionSampling(SamplerConfig(num_steps=4, temperature=temperature)))
+        inpainted.append(next(chain.inpaint(PICTURES[0], MASK, how=ancestral)).image)
+        noisy = SamplerConfig(Sampler.ddim, num_steps=4, eta=1.0, temperature=temperature)
+        how = Sampling(decoder=DiffusionSampling(noisy), last="decoder")
+        varied.append([picture.image for picture in chain.vary(PICTURES[:1], num=2, eta=1.0, how=how)])
+    assert difference(*inpainted) > 1
+    assert difference(*varied[0]) > 1
+    assert difference(*varied[1]) == 0, "both go the same way from the picture's own x_T"
+
+
 def test_pictures_need_not_be_square(chain: UnCLIP):
     how = replace(HOW, size=(16, 24))
     assert next(chain.generate(["a red cube"], how=Sampling(size=(8, 24)))).image.shape == (3, 16, 48)

@@ -176,6 +176,36 @@ def test_resumed_from_its_state_it_goes_on_bit_for_bit():
     assert {group["updates"] for group in second.param_groups} == {6}
 
 
+def test_a_state_of_another_memory_layout_takes_the_weights_one():
+    """As CUDA's fused step demands: a run goes on in channels_last, or from the contiguous parts of a sharded one."""
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(32, 2))
+
+    def step(net: nn.Module, optimizer: AdamWEMA) -> None:
+        optimizer.zero_grad()
+        net(torch.ones(2, 4, 4, 4).cumsum(1)).square().mean().backward()
+        optimizer.step()
+
+    plain = net()
+    first = make_optimizer(plain, CFG)
+    step(plain, first)
+    other = net().to(memory_format=torch.channels_last)
+    other.load_state_dict(plain.state_dict())
+    second = make_optimizer(other, CFG)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    weight = other[0].weight
+    assert isinstance(weight, nn.Parameter)
+    assert not weight.is_contiguous()
+    for name, value in second.state[weight].items():
+        assert value.ndim == 0 or value.stride() == weight.stride(), name
+    step(plain, first)
+    step(other, second)
+    for mine, theirs in zip(plain.parameters(), other.parameters(), strict=True):
+        assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize(
     ("decay", "final_lr", "step", "progress", "expected"),
     [

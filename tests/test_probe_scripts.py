@@ -52,7 +52,7 @@ printf '{\\n  "step": %s\\n}\\n' "$step" >"$run/artifact/manifest.json"
 def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands that do nothing, but for trainings, which leave a manifest: 9 steps of a text_decoder, 7 of all others."""
     (tmp_path / "bin").mkdir()
-    for name in ("unclip", "unclip-embed", "train-clip", "train-prior", "train-decoder"):
+    for name in ("unclip", "unclip-embed", "train-clip", "train-prior", "train-decoder", "train-upsampler"):
         (tmp_path / "bin" / name).write_text(STAND_IN)
         (tmp_path / "bin" / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,22 @@ from typer.testing import CliRunner
 from unclip import artifact
 from unclip.artifact import Manifest
 from unclip.cli.app import app
+from unclip.cli.asked import Asked
 from unclip.config import from_plain, to_plain
 from unclip.data.shapes import write_shapes
 from unclip.errors import ArtifactError, ConfigError, DataError
 from unclip.evaluation.counting import Count
 from unclip.models import REGISTRY, build
+
+
+def noting(draw: Callable[..., Any], conds: dict[str, Any]) -> Callable[..., Any]:
+    """``draw`` of :class:`Asked`, which writes down the conditions under each title."""
+
+    def noted(self: Asked, title: str, cond: Any, *given: Any) -> Any:
+        conds[title] = cond
+        return draw(self, title, cond, *given)
+
+    return noted
 
 
 def add_stage(runs: Path, folder: str, model: str, raw: dict[str, Any]) -> None:
@@ -157,7 +169,18 @@ def test_sweeps(place: Path, monkeypatch: pytest.MonkeyPatch, what: str, titles:
     given += {"guidance": ["--values", "1,3"], "eta": ["--values", "0,1"], "theta": ["--values", "0,0.5"]}.get(what, [])
     given += ["--text-decoder", "@runs/captions-only"] if what in ("guidance", "prior") else []
     given += ["--text-embedding-decoder", "@runs/z_t"] if what == "prior" else []
+    conds: dict[str, Any] = {}
+    monkeypatch.setattr(Asked, "draw", noting(Asked.draw, conds))
     rows = run(place, "sweep-probe", *given, out=f"sweep-{what}")["rows"]
+    if what == "captions":
+        on, off, shuffled, only = (conds[title] for title in titles)
+        assert torch.equal(on.image_emb, off.image_emb)
+        assert torch.equal(on.image_emb, shuffled.image_emb)
+        assert only.image_emb is None
+        assert off.text_emb is None
+        assert torch.equal(shuffled.text_emb, on.text_emb.roll(-1, 0))
+        assert not torch.equal(shuffled.text_emb, on.text_emb)
+        assert torch.equal(only.text_emb, on.text_emb)
     assert list(rows) == titles
     first, last = rows[titles[0]], rows[titles[-1]]
     assert {"objects", "pairs", "KID x 1000", "CLIP score"} <= first.keys()

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.loggers import TensorBoardLogger
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from unclip.checkpoint import Checkpoint
@@ -57,7 +59,8 @@ class SampleSheet(pl.Callback):
         optimizer: Any = trainer.optimizers[0]
         stage.eval()
         with torch.no_grad(), optimizer.ema_weights(), trainer.precision_plugin.forward_context():
-            rows = stage.sheet(batch)
+            at_once = stage.sheet_rows or len(batch)
+            rows = [row for part in batch.split(-(-len(batch) // at_once)) for row in stage.sheet(part)]
         stage.train()
         table = [(row.caption, [p.permute(1, 2, 0).numpy() for p in row.pictures]) for row in rows]
         if not trainer.is_global_zero:
@@ -111,6 +114,7 @@ class StopOnLimitOrSignal(pl.Callback):
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.received = 0
+        self._hosts: Any = None  # the ranks' process group beside that of the devices
         self._insisting_from = 0.0  # time.monotonic()
 
     @contextmanager
@@ -136,17 +140,27 @@ class StopOnLimitOrSignal(pl.Callback):
 
     def stop_if_told(self, trainer: pl.Trainer) -> None:
         """Between two parts of what follows the last step. All ranks must call it alike."""
-        if number := int(_largest(trainer, self.received)):
+        if number := int(self._largest(trainer, self.received)):
             self._stop(trainer, number)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Stage, outputs: Any, batch: Any, batch_idx: int
     ) -> None:  # type: ignore[override]
-        reason = _largest(trainer, self.received or (LIMIT if pl_module.progress >= 1 else 0))
+        reason = self._largest(trainer, self.received or (LIMIT if pl_module.progress >= 1 else 0))
         if reason == LIMIT:
             trainer.should_stop = True
         elif reason:
             self._stop(trainer, int(reason))
+
+    def _largest(self, trainer: pl.Trainer, value: float) -> float:
+        """The largest value of all ranks, exchanged between the hosts: no GPU waits."""
+        if trainer.world_size == 1:
+            return value
+        if self._hosts is None:
+            self._hosts = dist.new_group(backend="gloo")
+        mine = torch.tensor(float(value))
+        dist.all_reduce(mine, dist.ReduceOp.MAX, self._hosts)
+        return float(mine)
 
     def _stop(self, trainer: pl.Trainer, number: int) -> None:
         """Save and end at once: there may be no time for a validation."""
@@ -161,17 +175,8 @@ class StopOnLimitOrSignal(pl.Callback):
         raise SystemExit(128 + number)
 
 
-def _largest(trainer: pl.Trainer, value: float) -> float:
-    """The largest value of all ranks."""
-    if trainer.world_size == 1:
-        return value
-    mine = torch.tensor(float(value), device=trainer.strategy.root_device)
-    found: Any = trainer.strategy.reduce(mine, reduce_op="max")
-    return float(found)
-
-
 class ProgressBar(pl.Callback):
-    """A rich bar with the loss and the time left on a terminal; log lines elsewhere."""
+    """A rich bar with the step and the time left on a terminal; log lines elsewhere."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -181,9 +186,9 @@ class ProgressBar(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
-            self._bar = Progress(*columns, *times, transient=False)
-            self._bar.add_task(self.title, total=1.0, loss="")
+            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[step]}"))
+            self._bar = Progress(*columns, *times, console=Console(stderr=True))
+            self._bar.add_task(self.title, total=1.0, step="")
             self._bar.start()
 
     def on_train_batch_end(
@@ -191,7 +196,7 @@ class ProgressBar(pl.Callback):
     ) -> None:  # type: ignore[override]
         if self._bar is not None:
             text = f"step {trainer.global_step}"
-            self._bar.update(self._bar.task_ids[0], completed=pl_module.progress, loss=text)
+            self._bar.update(self._bar.task_ids[0], completed=pl_module.progress, step=text)
         elif trainer.is_global_zero and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + 30
             left = pl_module.seconds * (1 - pl_module.progress) / max(pl_module.progress, 1e-9)

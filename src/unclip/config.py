@@ -121,9 +121,10 @@ class TrainerConfig:
     either is read by any number of ranks. ``on_nonfinite`` stop looks every ``log_every`` steps and before each
     checkpoint; skip looks at every step, for which a GPU has to wait. Either writes the batch's keys to
     ``nonfinite.jsonl``. A loss spike is a mean loss over ``log_every`` steps that is more than ``spike_factor`` x the
-    median of the last 20 such means (0: never); ``on_spike`` warn or stop. After ``stall_seconds`` without a step every
-    rank prints the stacks of its threads (0: never). ``peak_tflops`` is what one device can do at most, for the share
-    of it that training uses (0: known GPUs by name, others by a short multiplication).
+    median of the last 20 such means (0: never); ``on_spike`` warn or stop. ``deterministic`` makes a resumed run equal to the bit
+    on GPUs too, by slower kernels, and warns of operations that have none; on CPUs it is so anyway. After ``stall_seconds``
+    without a step every rank prints the stacks of its threads (0: never). ``peak_tflops`` is what one device can do at most,
+    for the share of it that training uses (0: known GPUs by name, others by a short multiplication).
     """
 
     max_steps: int = 100_000
@@ -133,6 +134,7 @@ class TrainerConfig:
     precision: Precision = Precision.bf16
     channels_last: bool = field(default=True, metadata=FREE)
     compile: bool = field(default=False, metadata=FREE)
+    deterministic: bool = field(default=False, metadata=FREE)
     on_nonfinite: OnNonfinite = field(default=OnNonfinite.stop, metadata=FREE)
     on_spike: OnSpike = field(default=OnSpike.warn, metadata=FREE)
     spike_factor: float = field(default=3.0, metadata=FREE)

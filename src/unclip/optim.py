@@ -110,6 +110,15 @@ class AdamWEMA(torch.optim.AdamW):
             trained, self._trained = self._trained, []
             _copy_into(trained)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of a run with another memory layout too: the fused step wants each state in its weight's."""
+        super().load_state_dict(state_dict)
+        for p, state in self.state.items():
+            for name, value in state.items():
+                if isinstance(value, DTensor) or value.shape != p.shape or value.stride() == p.stride():
+                    continue
+                state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
+
     @contextmanager
     def trained_weights(self) -> Iterator[None]:
         """A block within :meth:`ema_weights` in which the model holds its trained weights after all."""
@@ -130,6 +139,7 @@ class AdamWEMA(torch.optim.AdamW):
 def _copy_into(pairs: list[tuple[Tensor, Tensor]]) -> None:
     for p, value in pairs:
         p.copy_(value)
+    torch.clear_autocast_cache()  # of casts of what they were
 
 
 def no_optimizer(cfg: OptimConfig) -> AdamWEMA:
@@ -217,12 +227,14 @@ def perturbed(parameters: list[nn.Parameter], rho: float) -> Iterator[None]:
         for p, gradient in zip(weights, gradients, strict=True):
             p.add_(gradient * scale)
             p.grad = None
+    torch.clear_autocast_cache()  # of casts of the weights before the climb
     try:
         yield
     finally:
         with torch.no_grad():
             for p, value in zip(weights, before, strict=True):
                 p.copy_(value)
+        torch.clear_autocast_cache()
 
 
 def learning_rate(cfg: OptimConfig, step: int, progress: float) -> float:
@@ -253,7 +265,10 @@ def _norm(tensors: list[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(tensors)
     sharded = torch.nn.utils.get_total_norm(shares)
     assert isinstance(sharded, DTensor)
-    whole = torch.nn.utils.get_total_norm([t for t in tensors if not isinstance(t, DTensor)])
+    rest = [t for t in tensors if not isinstance(t, DTensor)]
+    if not rest:
+        return sharded.full_tensor()
+    whole = torch.nn.utils.get_total_norm(rest)
     return torch.hypot(sharded.full_tensor(), whole.to(sharded.device))
 
 

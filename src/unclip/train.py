@@ -1,6 +1,5 @@
 """Train one stage: set up, fit or resume, validate, draw, export."""
 
-import json
 import logging
 import os
 import warnings
@@ -10,14 +9,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import yaml
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from unclip import artifact
 from unclip.callbacks import ProgressBar, SampleSheet, Snapshots, StopOnLimitOrSignal
 from unclip.checkpoint import Checkpoint
-from unclip.config import LoggerConfig, OptimConfig, Precision, TrainerConfig, identity, to_plain
+from unclip.config import LoggerConfig, OptimConfig, Precision, TrainerConfig, to_plain
 from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.data.degrade import Degrade
 from unclip.errors import ConfigError
@@ -29,6 +27,7 @@ from unclip.models.lora import add_lora, merge_lora
 from unclip.models.pictures import Bsr
 from unclip.report.run import report_quietly
 from unclip.run_lock import RunLock
+from unclip.run_settings import compare_settings, write_settings
 from unclip.stages.base import Stage
 from unclip.stages.clip import ClipStage
 from unclip.stages.decoder import DecoderStage
@@ -114,6 +113,13 @@ class TunableTrainConfig(TrainConfig):
 class PriorTrainConfig(TunableTrainConfig):
     model: PriorConfig = field(default_factory=PriorConfig)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.trainer.accumulate > 1 and getattr(self.model, "contrast", 0):
+            raise ConfigError(
+                "trainer.accumulate with eclipse_prior: its contrast is among the whole batch; take 1, or model.contrast=0"
+            )
+
 
 @dataclass
 class DecoderTrainConfig(TunableTrainConfig):
@@ -143,7 +149,7 @@ def train(cfg: TrainConfig) -> Path:
     kind, stage_class = STAGES[type(cfg)]
     _check_ranks(cfg)
     with RunLock(run):
-        _compare_settings(run, cfg)
+        compare_settings(run, cfg)
         if _finished(run, cfg):
             log.info("%s is finished; raise trainer.max_steps or trainer.max_minutes to train on", run)
             return artifact.locate(run)
@@ -156,7 +162,7 @@ def train(cfg: TrainConfig) -> Path:
         if isinstance(cfg, TunableTrainConfig) and cfg.lora_rank:
             adapters = add_lora(model, name_of(_model_config(cfg)), cfg.lora_rank)
         fingerprint = data.fingerprint[:12]  # opens the data: a wrong path ends here
-        _write_settings(run, cfg)  # from here on the folder is this run's
+        write_settings(run, cfg)  # from here on the folder is this run's
         (run / ERROR).unlink(missing_ok=True)
         stage = stage_class(model, cfg.trainer, cfg.optim, cfg.seed)
         data.set_start(start)
@@ -183,6 +189,7 @@ def train(cfg: TrainConfig) -> Path:
 def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, UnclipData]:
     model_cfg = _model_config(cfg)
     data = UnclipData(cfg.data, cfg.seed, cfg.trainer.batch_size, needs=model_cfg.columns, raw=model_cfg.is_raw)
+    data.parts = cfg.trainer.accumulate
     if isinstance(model_cfg, UpsamplerConfig) and model_cfg.bsr is not Bsr.none:
         data.degrade = Degrade(model_cfg.bsr, model_cfg.image_size, model_cfg.low_size, cfg.seed)
     _ = kind == "clip" or data.fingerprint  # what is missing is told before a model asks for it
@@ -196,7 +203,8 @@ def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, Uncl
         model.fit(data.embeddings)
     if fresh and (first := getattr(model_cfg, "first", None)) is not None:
         note_parent(Path(cfg.run), "first", first)
-    if cfg.trainer.channels_last and torch.cuda.is_available() and kind in ("decoder", "upsampler"):
+    dense = cfg.trainer.strategy != "fsdp2"  # which shards contiguous weights only
+    if cfg.trainer.channels_last and dense and torch.cuda.is_available() and kind in ("decoder", "upsampler"):
         model = model.to(memory_format=torch.channels_last)  # on a CPU it makes GroupNorm several times slower
     return model, data
 
@@ -228,6 +236,8 @@ def _trainer(cfg: TrainConfig, run: Path, start: int, data: UnclipData, title: s
         num_nodes=cfg.trainer.num_nodes if trains else 1,
         strategy=_strategy(cfg.trainer) if trains else "auto",
         plugins=_plugins([] if trains and cfg.trainer.strategy == "fsdp2" else [checkpoint.writer]),
+        deterministic="warn" if cfg.trainer.deterministic else None,
+        benchmark=not cfg.trainer.deterministic,
         precision="bf16-mixed" if cfg.trainer.precision is Precision.bf16 else "32-true",
         max_steps=cfg.trainer.max_steps if trains else 0,
         max_epochs=-1,
@@ -366,35 +376,3 @@ def _finished(run: Path, cfg: TrainConfig) -> bool:
         return True
     by_time = minutes is not None and manifest.metrics["seconds"] >= 60 * minutes
     return manifest.step >= cfg.trainer.max_steps or by_time
-
-
-def _defining(cfg: TrainConfig) -> dict[str, Any]:
-    """The settings that a resumed run must share."""
-    return {k: v for k, v in identity(cfg).items() if k not in ("run", "trainer.max_steps")}
-
-
-def _compare_settings(run: Path, cfg: TrainConfig) -> None:
-    """Stop with the difference when the folder is another run's."""
-    path = run / "identity.json"
-    if not path.exists():
-        if (run / "artifact").exists():
-            raise ConfigError(f"{run} holds an artifact that was not trained there; choose another run=...")
-        return
-    mine, theirs = _defining(cfg), json.loads(path.read_text())
-    changed = [
-        f"  {k}: {theirs.get(k)!r} -> {mine.get(k)!r}" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{run} was started with other settings:\n" + "\n".join(changed) + "\n"
-            "Use the same settings to resume it, or another run=... to start anew."
-        )
-
-
-def _write_settings(run: Path, cfg: TrainConfig) -> None:
-    """Keep what defines the run in ``identity.json``, and all settings, for people, in ``config.yaml``."""
-    path = run / "identity.json"
-    draft = path.with_suffix(f".{os.getpid()}.tmp")  # one for each rank
-    draft.write_text(json.dumps(_defining(cfg), indent=2, sort_keys=True) + "\n")
-    os.replace(draft, path)
-    (run / "config.yaml").write_text(yaml.safe_dump(to_plain(cfg), sort_keys=False))

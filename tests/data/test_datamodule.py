@@ -6,6 +6,7 @@ import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -171,8 +172,33 @@ def test_fingerprints_tell_data_apart(data: Path, larger: Path, embedded: Path, 
     assert found[0] == UnclipData(DataConfig(str(data)), 6, 4, IMAGE).fingerprint
     other = shutil.copytree(embedded, tmp_path / "other")
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"precision": "bf16"}))
-    assert UnclipData(DataConfig(str(data), str(other)), 5, 8, IMAGE).fingerprint not in found, "other rows"
+    for change in ({"precision": "bf16"}, {"dtype": "float32"}, {"variants": {"captions": 2, "crops": 1, "seed": 0}}):
+        (other / "manifest.json").write_text(json.dumps(manifest | change))
+        found.append(UnclipData(DataConfig(str(data), str(other)), 5, 8, IMAGE).fingerprint)
+    assert len(set(found)) == 6, "the same shards, but other rows"
+
+
+def test_validation_sees_no_more_at_once_than_training(data: Path) -> None:
+    module = UnclipData(DataConfig(str(data), max_val=8), 5, 8, IMAGE)
+    assert [len(batch) for batch in module.val_dataloader()] == [8]
+    module.parts = 4
+    assert [len(batch) for batch in module.val_dataloader()] == [2, 2, 2, 2]
+
+
+def test_batches_go_to_a_gpu_without_waiting(data: Path) -> None:
+    module, asked = UnclipData(DataConfig(str(data)), 5, 8, IMAGE), []
+    batch: Any = SimpleNamespace(to=lambda device, non_blocking: asked.append((device.type, non_blocking)))
+    for device in ("cuda", "cpu"):
+        module.transfer_batch_to_device(batch, torch.device(device), 0)
+    assert asked == [("cuda", True), ("cpu", False)]
+
+
+def test_neighbours_stay_together_in_the_batches(data: Path) -> None:
+    module = UnclipData(DataConfig(str(data), neighbours=3), 5, 8, IMAGE)
+    keys = [key for batch in batches(module, 5) for key in batch.key]
+    shards = Shards(data / "train")
+    assert keys == [shards.keys[i] for i in Order(shards.shard_sizes, 5, neighbours=3).indices(0, 40)]
+    assert keys != [shards.keys[i] for i in Order(shards.shard_sizes, 5).indices(0, 40)]
 
 
 def test_a_validation_set_elsewhere_needs_a_name_of_its_own() -> None:

@@ -151,6 +151,8 @@ def test_what_has_no_step_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     artifact.save(tmp_path / "prior", prior, manifest)
     with pytest.raises(ConfigError, match=r"knows the steps of diffusion priors, not of a IdentityPrior"):
         raise export(tmp_path / "prior", "--out", tmp_path / "out").exception
+    (tmp_path / "prior-val").mkdir()  # of unclip-evaluate, beside the stages
+    assert list(onnx_export._stages(tmp_path)) == ["prior"]
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ArtifactError, match=r"holds no artifact: the stage has not finished"):
         raise export(tmp_path / "nothing", "--out", tmp_path / "out").exception

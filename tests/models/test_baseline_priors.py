@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from unclip.config import TrainerConfig
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
+from unclip.errors import ConfigError
 from unclip.models import build
 from unclip.models.baseline_priors import (
     EclipsePriorConfig,
@@ -21,6 +23,7 @@ from unclip.models.interface import Interface
 from unclip.models.sampling import NoSampling
 from unclip.nets.layers import Cond, NullText
 from unclip.nets.transformer import PriorNetConfig, PriorText
+from unclip.train import PriorTrainConfig
 
 D, L, W = 12, 6, 10
 INTERFACE = Interface(embed_dim=D, text_width=W, context_length=L, vocab_size=40)
@@ -157,6 +160,24 @@ def test_all_weights_are_trained_and_learn(name: str):
         assert all(p.grad is not None for p in model.parameters())
         optimizer.step()
     assert losses[-1] < 0.1 * losses[0]
+
+
+def test_eclipses_contrast_is_among_the_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch):
+    asked: list[int] = []
+
+    def of_all_ranks(*rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        asked.append(len(rows[0]))
+        return tuple(torch.cat((row, row.flip(1))) for row in rows)
+
+    monkeypatch.setattr("unclip.models.baseline_priors.of_all_ranks", of_all_ranks)
+    prior, batch = make("eclipse"), make_batch()
+    alone = prior.losses(batch, Noise(range(5)))["contrast"]
+    assert not asked, "validation's ranks need not have equally many rows"
+    assert prior.train().losses(batch, Noise(range(5)))["contrast"] > alone
+    assert asked == [len(batch)]
+    with pytest.raises(ConfigError, match="accumulate with eclipse_prior, whose contrast is among the whole batch"):
+        PriorTrainConfig("run", model=EclipsePriorConfig(), trainer=TrainerConfig(accumulate=2))
+    PriorTrainConfig("run", model=EclipsePriorConfig(contrast=0.0), trainer=TrainerConfig(accumulate=2))
 
 
 def test_eclipse_reads_caption_and_z_t():

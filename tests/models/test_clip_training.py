@@ -17,7 +17,7 @@ from unclip.config import OptimConfig, TrainerConfig
 from unclip.errors import ConfigError
 from unclip.models.clip import CLIP, CLIPConfig, interpolate
 from unclip.models.contrastive import Contrast, sigmoid_loss
-from unclip.optim import make_optimizer, resting_statistics
+from unclip.optim import make_optimizer
 from unclip.stages.clip import ClipStage
 
 
@@ -86,16 +86,18 @@ def test_sam_takes_the_gradient_uphill_and_leaves_the_weights() -> None:
 
 def test_sam_leaves_batch_norms_statistics_to_the_first_pass() -> None:
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    x = torch.randn(2, 3, 8, 8)
-    net(x)
-    before = copy.deepcopy(net[1].state_dict())
-    with resting_statistics(net):
-        net(x + 1)
-    assert torch.equal(before["running_mean"], net[1].running_mean)
-    assert torch.equal(before["running_var"], net[1].running_var)
-    net(x + 1)
-    assert not torch.equal(before["running_mean"], net[1].running_mean)
+    resnet = {"image_size": 32, "vision_width": 4, "vision_blocks": [1, 1, 1, 1]}
+    text = {"text_width": 16, "text_layers": 1, "text_heads": 2, "context_length": 8}
+    clip = CLIP(CLIPConfig(embed_dim=12, **resnet, **text)).train()  # type: ignore[arg-type]
+    other = copy.deepcopy(clip)
+    gradients(clip, 1, rho=0.1)
+    gradients(other, 1)
+    norms = [(a, b) for a, b in zip(clip.modules(), other.modules(), strict=True) if isinstance(a, nn.BatchNorm2d)]
+    assert len(norms) > 10
+    assert all(a.running_mean.any() for a, _ in norms), "they have moved"
+    assert all(torch.equal(a.running_mean, b.running_mean) for a, b in norms)
+    assert all(torch.equal(a.running_var, b.running_var) for a, b in norms)
+    assert {a.momentum for a, _ in norms} == {0.1}
 
 
 def test_two_ranks_agree_with_one_device(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from collections import Counter
 import pytest
 import torch
 from net_support import assert_equal_nets, randomise
+from torch import nn
 from torch.testing import assert_close
 
 from unclip.nets.conditioned import NOISE_LEVELS, ConditioningConfig, DecoderNet, DecoderText, NullText, UpsamplerNet
@@ -260,3 +261,21 @@ def test_refuses_shapes_it_cannot_build():
         ConditioningConfig(image=False)
     with pytest.raises(ValueError, match="multiples of 2"):
         UNet(UNetConfig([16, 32], groups=8), 3, 3)(torch.zeros(1, 3, 9, 8), torch.zeros(1), UNetContext())
+
+
+@pytest.mark.parametrize(("scale_shift", "resample"), [(True, ""), (False, "up"), (True, "down")])
+def test_between_the_convolutions_the_precision_is_theirs(scale_shift: bool, resample: str):
+    """A GPU's autocast computes group norms in float32; what follows must not stay there."""
+    block = ResnetBlock(UNetConfig([16], 1, groups=8, scale_shift=scale_shift), 16, 32, resample).bfloat16()
+    block.time_emb_proj.float()
+    seen: list[torch.dtype] = []
+    for module in block.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.register_forward_hook(lambda *given: given[2].float())
+        elif isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
+    emb = torch.randn(2, UNetConfig([16], 1, groups=8).time_dim)
+    block.time_emb_proj.register_forward_hook(lambda *given: given[2].bfloat16())
+    out = block(torch.randn(2, 16, 8, 8).bfloat16(), emb)
+    assert seen == [torch.bfloat16] * 3
+    assert out.dtype == torch.bfloat16

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -142,6 +142,7 @@ class UnclipData(pl.LightningDataModule):
             )
         self.needs = tuple(name for name in needs if name != "text_seq") if self._live else tuple(needs)
         self.rank, self.world_size = 0, 1
+        self.parts = 1  # in which training computes a batch
         self._start = 0
         self._splits: dict[str, Split] = {}
         self._others: dict[str, Split] = {}
@@ -172,6 +173,10 @@ class UnclipData(pl.LightningDataModule):
         tokens = batch.column("tokens")
         with nullcontext() if self.trainer is None else self.trainer.precision_plugin.forward_context():
             return replace(batch, text_seq=self._clip.to(tokens.device).encode_text(tokens)[1].float())
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Without waiting for it: Lightning waits for what is no tensor."""
+        return batch.to(device, non_blocking=device.type == "cuda")
 
     @property
     def interface(self) -> Interface:
@@ -316,7 +321,8 @@ class UnclipData(pl.LightningDataModule):
             raise DataError(f"{split.shards.split_dir} has {total} samples for {self.world_size} ranks")
         samples = np.arange(total, dtype=np.int64) * len(split.shards) // total
         largest = -(-total // self.world_size)
-        num_batches = min(-(-largest // max(1, self.batch_size // self.world_size)), total // self.world_size)
+        at_once = max(1, self.batch_size // self.world_size // self.parts)  # as many as training sees
+        num_batches = min(-(-largest // at_once), total // self.world_size)
         mine = np.array_split(np.array_split(samples, self.world_size)[self.rank], num_batches)
         return self._loader(Batches(self._degraded(partial(_val_batch, split, mine)), 0, num_batches))
 
@@ -344,7 +350,7 @@ class UnclipData(pl.LightningDataModule):
         return Decode(str(self.cfg.path), pictures, self.cfg.image_size, tokenize)
 
     def _degraded(self, make: Callable[..., Batch]) -> Callable[..., Batch]:
-        return make if self.degrade is None else _Then(make, self.degrade)
+        return make if self.degrade is None else partial(_then, make, self.degrade)
 
     def _loader(self, batches: Dataset, sampler: Encoded | None = None) -> DataLoader:
         workers = self.cfg.num_workers
@@ -359,15 +365,8 @@ class UnclipData(pl.LightningDataModule):
         )
 
 
-@dataclass
-class _Then:
-    """One function after another, for workers."""
-
-    make: Callable[..., Batch]
-    change: Callable[[Batch], Batch]
-
-    def __call__(self, *what: Any) -> Batch:
-        return self.change(self.make(*what))
+def _then(make: Callable[..., Batch], change: Callable[[Batch], Batch], *what: Any) -> Batch:
+    return change(make(*what))
 
 
 def _train_batch(

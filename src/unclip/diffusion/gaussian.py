@@ -137,6 +137,7 @@ class GaussianDiffusion:
             return ()
         nothing = torch.zeros_like(x_t)
         output, _ = self.split(net(x_t, self.schedule.timesteps[step], context, nothing))
+        torch.clear_autocast_cache()  # of casts of the weights without their gradients
         x0 = self.to_x0(self.schedule, step, output, x_t)
         half = noise.uniform(tuple(step.shape[1:]), "self-conditioning") < 0.5
         return (torch.where(half.reshape(half.shape + (1,) * (x_t.ndim - half.ndim)), x0, nothing),)

@@ -272,7 +272,7 @@ class ARPrior(nn.Module):
         if keep.text is not None:
             dot = torch.where(keep.text, dot, self.cfg.num_dots)
         logits = self.net(codes, dot, self.net.prepare(self._scaled(self.cond(batch)), keep))
-        return F.cross_entropy(logits.float().transpose(1, 2), codes, reduction="none")
+        return F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten(), reduction="none").view_as(codes)
 
     def _scaled(self, cond: Cond) -> Cond:
         assert cond.text_emb is not None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep
+from unclip.models.contrastive import of_all_ranks
 from unclip.models.inputs import in_parts, scaled, text_side
 from unclip.models.interface import Interface, PriorConfig
 from unclip.models.sampling import NoSampling
@@ -222,10 +223,12 @@ class EclipsePrior(BaselinePrior):
         return self.head(self.norm_out(self.net.transformer_blocks.run(query, mask, context.keys_values)))[:, 0]
 
     def losses(self, batch: Batch, noise: Noise) -> dict[str, Tensor]:
-        """{"mse": ..., "contrast": ...}, the second weighted. With several ranks each contrasts its own rows."""
+        """{"mse": ..., "contrast": ...}, the second weighted. In training it tells apart the rows of all ranks."""
         predicted = self._predicted(self.cond(batch)).float()
         mse = F.mse_loss(predicted, scaled(batch.column("image_emb")))
-        logits = F.normalize(predicted, dim=1) @ F.normalize(batch.column("text_emb").float(), dim=1).T
+        pair = F.normalize(predicted, dim=1), F.normalize(batch.column("text_emb").float(), dim=1)
+        image_emb, text_emb = of_all_ranks(*pair) if self.training else pair
+        logits = image_emb @ text_emb.T
         own = torch.arange(len(logits), device=logits.device)
         return {"mse": mse, "contrast": self.cfg.contrast * F.cross_entropy(logits / self.cfg.temperature, own)}
 

@@ -102,20 +102,25 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         """x (B, C, H, W); emb (B, time_dim), already through SiLU."""
-        h = F.silu(self.norm1(x))
+        h = F.silu(normed(self.norm1, x))
         if self.resample == "down":
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         elif self.resample == "up":
-            h, x = (F.interpolate(value, scale_factor=2.0, mode="nearest") for value in (h, x))
+            h, x = (F.interpolate(value, scale_factor=2.0, mode="nearest").to(value.dtype) for value in (h, x))
         h = self.conv1(h)
         shift = self.time_emb_proj(emb)
         if self.scale_shift:
             scale, shift = shift.chunk(2, dim=1)
             h = modulated_norm(self.norm2, h, scale, shift)
         else:
-            h = self.norm2(h + shift[:, :, None, None])
+            h = normed(self.norm2, h + shift[:, :, None, None])
         h = self.conv2(self.dropout(F.silu(h)))
         return (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x) + h
+
+
+def normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """norm(x) in x's precision, as ADM's: a GPU's autocast would leave it, and all up to the next convolution, in float32."""
+    return norm(x).to(x.dtype)
 
 
 def modulated_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -125,7 +130,7 @@ def modulated_norm(norm: nn.GroupNorm, x: Tensor, scale: Tensor, shift: Tensor) 
     its groups must be known, which it is not where torch.export leaves B open; and whoever hooks the norm sees it called.
     """
     if not x.is_cpu or isinstance(x.shape[0], torch.SymInt) or norm._forward_hooks:
-        return torch.addcmul(shift[:, :, None, None], norm(x), 1 + scale[:, :, None, None])
+        return torch.addcmul(shift[:, :, None, None], normed(norm, x), 1 + scale[:, :, None, None])
     wide = torch.promote_types(scale.dtype, torch.float32)
     scale = 1 + scale.to(wide)
     gain, bias = norm.weight.to(wide) * scale, torch.addcmul(shift.to(wide), norm.bias.to(wide), scale)
@@ -158,7 +163,7 @@ class ContextAttention(nn.Module):
         """x (B, C, H, W); mask (B, L) bool over the context."""
         height, width = x.shape[2:]
         # a view where x is channels_last
-        h = self.group_norm(x).permute(0, 2, 3, 1).flatten(1, 2)
+        h = normed(self.group_norm, x).permute(0, 2, 3, 1).flatten(1, 2)
         query, keys, values = (split_heads(proj(h), self.num_heads) for proj in (self.to_q, self.to_k, self.to_v))
         if context is not None:
             keys, values = torch.cat((context[0], keys), dim=2), torch.cat((context[1], values), dim=2)
@@ -256,10 +261,10 @@ class UNet(nn.Module):
             h = self._layer(resnet, attention, h, emb, pairs, context.mask)
         for level in _levels(self.up_blocks):
             for resnet, attention in level.layers():
-                h = self._layer(resnet, attention, torch.cat((h, skips.pop()), dim=1), emb, pairs, context.mask)
+                h = self._layer(resnet, attention, h, emb, pairs, context.mask, skips.pop())
             if (up := level.resampler()) is not None:
                 h = self._layer(up, None, h, emb, pairs, None)
-        out = self.conv_out(F.silu(self.conv_norm_out(h)))
+        out = self.conv_out(F.silu(normed(self.conv_norm_out, h)))
         return F.pixel_shuffle(out, self.cfg.patch) if self.cfg.patch > 1 else out
 
     def _layer(
@@ -270,16 +275,17 @@ class UNet(nn.Module):
         emb: Tensor,
         pairs: Iterator[KeyValue],
         mask: Tensor | None,
+        *skip: Tensor,
     ) -> Tensor:
         context = next(pairs, None) if attention is not None else None
 
-        def run(h: Tensor, emb: Tensor) -> Tensor:
-            h = resnet(h, emb)
+        def run(emb: Tensor, *parts: Tensor) -> Tensor:
+            h = resnet(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], emb)
             return h if attention is None else attention(h, context, mask)
 
         if self.cfg.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, h, emb, use_reentrant=False)
-        return run(h, emb)
+            return checkpoint(run, emb, h, *skip, use_reentrant=False)
+        return run(emb, h, *skip)
 
     def _attentions(self, level: int, count: int, context_dim: int) -> list[ContextAttention]:
         if level not in self.cfg.attention_levels:

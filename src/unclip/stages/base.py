@@ -46,6 +46,7 @@ class Stage(pl.LightningModule):
     """
 
     columns: tuple[str, ...] = ()  # headings of the sheet's pictures
+    sheet_rows = 4  # samples of a sheet that are drawn at once; 0: all
 
     def __init__(self, model: Any, trainer_cfg: TrainerConfig, optim_cfg: OptimConfig, seed: int) -> None:
         super().__init__()

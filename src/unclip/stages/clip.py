@@ -9,12 +9,13 @@ from unclip.errors import ConfigError
 from unclip.evaluation.metrics import effective_rank, num_components, retrieval, spectrum
 from unclip.evaluation.rows import Rows
 from unclip.models.contrastive import of_all_ranks
-from unclip.optim import batch_norms_of
+from unclip.optim import batch_norms_of, resting_statistics
 from unclip.stages.base import Row, Stage
 
 
 class ClipStage(Stage):
     columns = ("caption's picture", "1st found", "2nd", "3rd", "4th")
+    sheet_rows = 0  # the pictures are looked for among all of the sheet
 
     def bind(self) -> None:
         super().bind()
@@ -33,7 +34,7 @@ class ClipStage(Stage):
         parts = batch.split(self.trainer_cfg.accumulate)
         if len(parts) == 1:
             return super()._backward(batch)
-        with torch.no_grad():
+        with torch.no_grad(), resting_statistics(self.model):
             cached = [self._features(i, part) for i, part in enumerate(parts)]
         torch.clear_autocast_cache()  # it holds casts of the weights without their gradients
         embeddings = [torch.cat(column).requires_grad_() for column in zip(*cached, strict=True)]
