@@ -175,7 +175,7 @@ def test_eclipses_contrast_is_among_the_rows_of_all_ranks(monkeypatch: pytest.Mo
     assert not asked, "validation's ranks need not have equally many rows"
     assert prior.train().losses(batch, Noise(range(5)))["contrast"] > alone
     assert asked == [len(batch)]
-    with pytest.raises(ConfigError, match="accumulate with eclipse_prior, whose contrast is among the whole batch"):
+    with pytest.raises(ConfigError, match="accumulate with eclipse_prior: its contrast is among the whole batch"):
         PriorTrainConfig("run", model=EclipsePriorConfig(), trainer=TrainerConfig(accumulate=2))
     PriorTrainConfig("run", model=EclipsePriorConfig(contrast=0.0), trainer=TrainerConfig(accumulate=2))
 
