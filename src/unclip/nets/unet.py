@@ -279,13 +279,13 @@ class UNet(nn.Module):
     ) -> Tensor:
         context = next(pairs, None) if attention is not None else None
 
-        def run(emb: Tensor, *parts: Tensor) -> Tensor:
-            h = resnet(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], emb)
+        def run(h: Tensor, emb: Tensor, *skip: Tensor) -> Tensor:
+            h = resnet(torch.cat((h, *skip), dim=1) if skip else h, emb)
             return h if attention is None else attention(h, context, mask)
 
         if self.cfg.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(run, emb, h, *skip, use_reentrant=False)
-        return run(emb, h, *skip)
+            return checkpoint(run, h, emb, *skip, use_reentrant=False)
+        return run(h, emb, *skip)
 
     def _attentions(self, level: int, count: int, context_dim: int) -> list[ContextAttention]:
         if level not in self.cfg.attention_levels:
