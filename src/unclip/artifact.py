@@ -28,6 +28,7 @@ from unclip.models.interface import Interface
 from unclip.tensor_file import write_tensors
 
 FORMAT = 1
+KINDS = ("clip", "prior", "decoder", "upsampler")
 WEIGHTS, MANIFEST = "weights.safetensors", "manifest.json"
 FILLS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
 
@@ -269,6 +270,16 @@ def content_hash(manifest: Manifest) -> str:
         manifest.weights_sha256,
     ]
     return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+
+def stages_of(runs: Path) -> dict[str, Path]:
+    """One run or artifact by its kind, or the stages of a folder of runs by their names. ArtifactError where there are none."""
+    if is_there(runs):
+        return {read_manifest(runs).kind: runs}
+    found = {path.name: path for path in sorted(runs.glob("*")) if kind_named(path.name) in KINDS and is_there(path)}
+    if not found:
+        raise ArtifactError(f"{runs} holds no stages: give a folder with finished runs {', '.join(KINDS)}, or one run")
+    return found
 
 
 def config_of(manifest: Manifest, path: Path) -> Any:

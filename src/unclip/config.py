@@ -240,17 +240,13 @@ def _filled(value: Any, field: "dataclasses.Field[Any]") -> Any:
     default = field.default_factory()
     if not dataclasses.is_dataclass(default) or "kind" in value:
         return value
-    return _over(to_plain(default), value)
+    return over(to_plain(default), value)
 
 
-def _over(default: dict[str, Any], value: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **default,
-        **{
-            k: _over(default[k], v) if isinstance(v, dict) and isinstance(default.get(k), dict) else v
-            for k, v in value.items()
-        },
-    }
+def over(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with what is ``given`` in its place; where both hold a dict, that one likewise."""
+    both = {k: over(base[k], v) for k, v in given.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
+    return {**base, **given, **both}
 
 
 def _value(value: Any, hint: Any, name: str) -> Any:

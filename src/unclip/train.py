@@ -21,7 +21,16 @@ from unclip.data.degrade import Degrade
 from unclip.errors import ConfigError
 from unclip.job_notes import ERROR
 from unclip.loggers import JsonlLogger, MlflowRun, WandbRun, make_loggers
-from unclip.models import CLIPConfig, DecoderConfig, ModelConfig, UpsamplerConfig, build, name_of
+from unclip.models import (
+    CLIP,
+    CLIPConfig,
+    DecoderConfig,
+    EclipsePriorConfig,
+    ModelConfig,
+    UpsamplerConfig,
+    build,
+    name_of,
+)
 from unclip.models.interface import PriorConfig
 from unclip.models.lora import add_lora, merge_lora
 from unclip.models.pictures import Bsr
@@ -115,7 +124,7 @@ class PriorTrainConfig(TunableTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.trainer.accumulate > 1 and getattr(self.model, "contrast", 0):
+        if self.trainer.accumulate > 1 and isinstance(self.model, EclipsePriorConfig) and self.model.contrast:
             raise ConfigError(
                 "trainer.accumulate with eclipse_prior: its contrast is among the whole batch; take 1, or model.contrast=0"
             )
@@ -137,6 +146,7 @@ STAGES: dict[type[TrainConfig], tuple[str, type[Stage]]] = {
     DecoderTrainConfig: ("decoder", DecoderStage),
     UpsamplerTrainConfig: ("upsampler", UpsamplerStage),
 }
+CONFIGS = {kind: config for config, (kind, _) in STAGES.items()}
 
 
 def train(cfg: TrainConfig) -> Path:
@@ -336,8 +346,10 @@ def _finish(
     with optimizer.ema_weights():
         if adapters is not None:
             merge_lora(adapters)
-        stage.model.finish(data.embeddings)
-        interface = stage.model.interface() if kind == "clip" else data.interface
+        interface = data.interface
+        if isinstance(stage.model, CLIP):
+            stage.model.finish()
+            interface = stage.model.interface()
         manifest = artifact.Manifest(
             kind=kind,
             model=name_of(cfg.model),  # type: ignore[attr-defined]

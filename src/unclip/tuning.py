@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unclip import artifact
 from unclip.artifact import Manifest
+from unclip.config import over
 from unclip.errors import ConfigError
 from unclip.models import Decoder, Upsampler
 from unclip.models.interface import Interface
@@ -26,12 +27,7 @@ def settings_of(init: str, kind: str, given: dict[str, Any]) -> dict[str, Any]:
     if given["kind"] != manifest.model:
         raise ConfigError(f"init={init} is a {manifest.model}, not a {given['kind']}: add model={manifest.model}")
     base = {**manifest.config, **({"first": None} if kind in ("decoder", "upsampler") else {})}
-    return _over(base, given)
-
-
-def _over(base: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    both = {k: _over(base[k], v) for k, v in given.items() if isinstance(v, dict) and isinstance(base.get(k), dict)}
-    return {**base, **given, **both}
+    return over(base, given)
 
 
 def start_from(init: str, model: Any, kind: str, interface: Interface, run: Path) -> None:

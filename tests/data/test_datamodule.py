@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from unclip.data.ahead import prefetched
-from unclip.data.batch import Batch, caption_mask
+from unclip.data.batch import Batch
 from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.data.order import Order
@@ -21,6 +21,7 @@ from unclip.data.pictures import Pictures
 from unclip.data.shards import Shards
 from unclip.errors import ConfigError, DataError
 from unclip.models.interface import Interface
+from unclip.nets.layers import caption_mask
 
 IMAGE = ("image",)
 CLIP = Interface(embed_dim=3, text_width=2, context_length=9, vocab_size=50, clip="c" * 64)
@@ -104,8 +105,7 @@ def test_tokens_are_made_and_cut_to_the_longest_caption(data: Path, cache: bool)
         assert batch.tokens is not None
         assert batch.tokens.shape == (4, longest + 1)
         assert batch.tokens.dtype == torch.int64
-        mask = batch.text_mask
-        assert mask is not None
+        mask = caption_mask(batch.tokens)
         assert mask.sum(1).tolist() == [len(caption.split()) + 1 for caption in batch.caption]
     assert (sum(calls) == 20) == cache
 

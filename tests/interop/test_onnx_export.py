@@ -152,9 +152,9 @@ def test_what_has_no_step_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(ConfigError, match=r"knows the steps of diffusion priors, not of a IdentityPrior"):
         raise export(tmp_path / "prior", "--out", tmp_path / "out").exception
     (tmp_path / "prior-val").mkdir()  # of unclip-evaluate, beside the stages
-    assert list(onnx_export._stages(tmp_path)) == ["prior"]
+    assert list(artifact.stages_of(tmp_path)) == ["prior"]
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ArtifactError, match=r"holds no artifact: the stage has not finished"):
+    with pytest.raises(ArtifactError, match=r"holds no stages: give a folder with finished runs"):
         raise export(tmp_path / "nothing", "--out", tmp_path / "out").exception
     with pytest.raises(ConfigError, match=r"exists already; remove it or write to another folder"):
         raise export(tmp_path / "prior", "--out", tmp_path / "nothing").exception

@@ -21,7 +21,7 @@ from unclip.models.baseline_priors import (
 )
 from unclip.models.interface import Interface
 from unclip.models.sampling import NoSampling
-from unclip.nets.layers import Cond, NullText
+from unclip.nets.layers import Cond, NullText, caption_mask
 from unclip.nets.transformer import PriorNetConfig, PriorText
 from unclip.train import PriorTrainConfig
 
@@ -188,7 +188,7 @@ def test_eclipse_reads_caption_and_z_t():
         setattr(other, changed, other.column(changed) + 1)
         assert (model.sample(model.cond(other), NoSampling(), Noise(range(5))) - before).abs().max() > 1e-3
     padded = make_batch()
-    padded.text_seq = torch.where(padded.text_mask[..., None], padded.column("text_seq"), 100.0)  # type: ignore[index]
+    padded.text_seq = torch.where(caption_mask(padded.column("tokens"))[..., None], padded.column("text_seq"), 100.0)
     assert_close(model.sample(model.cond(padded), NoSampling(), Noise(range(5))), before)
 
 

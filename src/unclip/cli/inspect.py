@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from unclip.artifact import MANIFEST, WEIGHTS, Manifest, locate, read_manifest
+from unclip.artifact import MANIFEST, WEIGHTS, Manifest, is_there, locate, read_manifest
 from unclip.data.embeddings import Embeddings
 from unclip.errors import ConfigError
 from unclip.evaluation.inspection import Inspection, inspect_embeddings, reconstruction_error
@@ -40,7 +40,7 @@ def inspect_path(path: Path, out: Path | None, max_rows: int, console: Console |
         return
     if out is not None:
         raise ConfigError(f"--out draws plots of embeddings only, and {path} holds none; leave it out")
-    if not any((folder / MANIFEST).is_file() for folder in (path, path / "artifact")):
+    if not is_there(path):
         raise ConfigError(
             f"{path} holds neither embeddings nor an artifact; a run has one when its stage, or unclip-embed, has ended"
         )

@@ -2,25 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import typer
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
 from unclip.cli.train import CONF, forced, with_init
 from unclip.config import typed
 from unclip.errors import ConfigError
 from unclip.models import Interface
 from unclip.plan import Step, measure_step, on_devices, seconds_of
-from unclip.train import ClipTrainConfig, DecoderTrainConfig, PriorTrainConfig, TrainConfig, UpsamplerTrainConfig
-
-ROOTS: dict[str, type[TrainConfig]] = {
-    "clip": ClipTrainConfig,
-    "prior": PriorTrainConfig,
-    "decoder": DecoderTrainConfig,
-    "upsampler": UpsamplerTrainConfig,
-}
+from unclip.train import CONFIGS, ClipTrainConfig, TrainConfig, TunableTrainConfig
 
 
 @dataclass
@@ -44,8 +38,8 @@ class PlanSettings:
     vocab_size: int = 49408
 
     def __post_init__(self) -> None:
-        if self.stage and self.stage not in ROOTS:
-            raise ConfigError(f"stage={self.stage} is not one of: {', '.join(ROOTS)}")
+        if self.stage and self.stage not in CONFIGS:
+            raise ConfigError(f"stage={self.stage} is not one of: {', '.join(CONFIGS)}")
         for name, value in vars(self).items():
             if name not in ("stage", "batch") and value <= 0:
                 raise ConfigError(f"{name}={value} must be positive")
@@ -86,7 +80,7 @@ def read(arguments: Sequence[str]) -> tuple[PlanSettings, TrainConfig, str]:
     if bad := [name for name, equals, _ in pairs if not equals]:
         raise ConfigError(f"{bad[0]!r} is not a setting: write unclip plan experiment=paper_decoder gpus=64 batch=2048")
     own = {name: value for name, _, value in pairs if name in PlanSettings.__dataclass_fields__}
-    settings = typed(_dict_config(own), PlanSettings)
+    settings = typed(OmegaConf.create(own), PlanSettings)
     stage = settings.stage or _stage_of({name: value for name, _, value in pairs})
     others = [argument for argument in arguments if argument.partition("=")[0] not in own]
     needed = ["run=plan", "data.path=plan"]
@@ -97,8 +91,8 @@ def read(arguments: Sequence[str]) -> tuple[PlanSettings, TrainConfig, str]:
             raw = compose(f"train_{stage}", [forced(argument) for argument in [*needed, *others]])
     except HydraException as error:
         raise ConfigError(f"{error}; is {stage} the stage? Say stage=clip, prior, decoder or upsampler") from error
-    cfg: TrainConfig = typed(raw if stage == "clip" else with_init(raw, stage), ROOTS[stage])
-    if getattr(cfg, "lora_rank", 0) or getattr(getattr(cfg, "model", None), "lora_rank", 0):
+    cfg = typed(with_init(raw, stage), CONFIGS[stage])
+    if (cfg.model if isinstance(cfg, ClipTrainConfig) else cast(TunableTrainConfig, cfg)).lora_rank:
         raise ConfigError("unclip plan follows whole weights, not adapters: leave out lora_rank")
     given = cfg.trainer.devices * cfg.trainer.num_nodes
     if "gpus" not in own:
@@ -110,16 +104,10 @@ def read(arguments: Sequence[str]) -> tuple[PlanSettings, TrainConfig, str]:
     return settings, cfg, stage
 
 
-def _dict_config(values: dict[str, str]) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.create(values)
-
-
 def _stage_of(given: dict[str, str]) -> str:
     """By the name of the experiment or the model, which end in their stage; a base such as base128 is a decoder."""
     for name in (given.get("experiment", ""), given.get("model", "")):
-        for stage in ROOTS:
+        for stage in CONFIGS:
             if stage in name.split("_"):
                 return stage
     return "prior" if given.get("model") == "identity" else "decoder"

@@ -21,14 +21,7 @@ CONF = Path(__file__).parents[1] / "conf"
 
 def train_clip() -> None:
     """Train or fine-tune a CLIP."""
-
-    def run(raw: DictConfig) -> Any:
-        from unclip.config import typed
-        from unclip.train import ClipTrainConfig, train
-
-        return train(typed(raw, ClipTrainConfig))
-
-    _main("train_clip", run)
+    _train("clip")
 
 
 def embed() -> None:
@@ -52,38 +45,27 @@ def embed() -> None:
 
 def train_prior() -> None:
     """Train a prior: caption to z_i."""
-
-    def run(raw: DictConfig) -> Any:
-        from unclip.config import typed
-        from unclip.train import PriorTrainConfig, train
-
-        return train(typed(with_init(raw, "prior"), PriorTrainConfig))
-
-    _main("train_prior", run)
+    _train("prior")
 
 
 def train_decoder() -> None:
     """Train a decoder: z_i (and the caption) to a picture."""
-
-    def run(raw: DictConfig) -> Any:
-        from unclip.config import typed
-        from unclip.train import DecoderTrainConfig, train
-
-        return train(typed(with_init(raw, "decoder"), DecoderTrainConfig))
-
-    _main("train_decoder", run)
+    _train("decoder")
 
 
 def train_upsampler() -> None:
     """Train an upsampler: a small picture to a larger one."""
+    _train("upsampler")
 
+
+def _train(kind: str) -> None:
     def run(raw: DictConfig) -> Any:
         from unclip.config import typed
-        from unclip.train import UpsamplerTrainConfig, train
+        from unclip.train import CONFIGS, train
 
-        return train(typed(with_init(raw, "upsampler"), UpsamplerTrainConfig))
+        return train(typed(with_init(raw, kind), CONFIGS[kind]))
 
-    _main("train_upsampler", run)
+    _main(f"train_{kind}", run)
 
 
 def with_init(raw: DictConfig, kind: str) -> DictConfig:

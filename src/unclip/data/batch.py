@@ -35,13 +35,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.position)
 
-    @property
-    def text_mask(self) -> Tensor | None:
-        """(B, L) bool, true up to and including the end-of-text token, which has the largest id of the vocabulary."""
-        if self.tokens is None:
-            return None
-        return caption_mask(self.tokens)
-
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on ``device``, widened to float32 and int64 there; the lists stay on the host."""
         return self._map(lambda tensor: _widened(tensor.to(device, non_blocking=non_blocking)))
@@ -108,8 +101,3 @@ def _cat_padded(values: list[Tensor]) -> Tensor:
     longest = max(value.shape[1] for value in values)
     below = (0, 0) * (values[0].ndim - 2)
     return torch.cat([F.pad(value, (*below, 0, longest - value.shape[1])) for value in values])
-
-
-def caption_mask(tokens: Tensor) -> Tensor:
-    """(B, L) bool, true up to and including the end-of-text token. Padding is 0, which is also a real token ("!")."""
-    return torch.arange(tokens.shape[1], device=tokens.device) <= tokens.argmax(dim=1, keepdim=True)

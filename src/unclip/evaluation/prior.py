@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor
 
 from unclip import artifact
-from unclip.config import Precision, from_plain, to_plain
+from unclip.config import Precision, from_plain, over, to_plain
 from unclip.data.batch import Batch
 from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.diffusion.noise import Noise
@@ -205,14 +205,9 @@ def evaluate_prior(cfg: PriorEvaluateConfig) -> dict[str, Any]:
 def with_changes(settings: Any, changes: dict[str, Any]) -> Any:
     """A dataclass of settings with some of its fields, nested ones too, replaced; ConfigError for fields it does not have."""
     try:
-        return from_plain(_merged(to_plain(settings), changes), type(settings))
+        return from_plain(over(to_plain(settings), changes), type(settings))
     except ConfigError as error:
         raise ConfigError(f"sampling: {error}") from error
-
-
-def _merged(plain: Any, changes: dict[str, Any]) -> dict[str, Any]:
-    inner = plain if isinstance(plain, dict) else {}
-    return inner | {k: _merged(inner.get(k), v) if isinstance(v, dict) else v for k, v in changes.items()}
 
 
 def _one_split(cfg: DataConfig) -> DataConfig:

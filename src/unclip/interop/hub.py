@@ -14,13 +14,12 @@ from importlib import import_module
 from pathlib import Path
 
 from unclip import artifact
-from unclip.artifact import MANIFEST, Manifest, refuse_half
+from unclip.artifact import MANIFEST, Manifest, refuse_half, stages_of
 from unclip.errors import ArtifactError, ConfigError
 from unclip.interop.drafts import complete_or_not
 from unclip.interop.model_card import Card, card_of
 
 PREFIX = "hf://"
-KINDS = ("clip", "prior", "decoder", "upsampler")
 FILES = ["*.safetensors", "*.json", "*.yaml", "*.md", "*.png", "*.txt", "LICEN?E*"]
 DATA_TEXTS = ("ATTRIBUTION.md", "LICENSE", "LICENSE.txt", "LICENSE.md")  # beside a data set
 
@@ -57,7 +56,7 @@ def push(cfg: Push) -> str:
 
 def prepare(cfg: Push, folder: Path) -> None:
     """Write into ``folder`` what would be sent."""
-    stages = _stages(cfg.runs)
+    stages = stages_of(cfg.runs)
     manifests = {name: artifact.verify(run) for name, run in stages.items()}
     _refuse_mixed(stages, manifests)
     for name, manifest in manifests.items():
@@ -88,7 +87,7 @@ def pull(repo: str, out: Path, revision: str | None = None) -> dict[str, Manifes
     """
     with complete_or_not(out) as draft:
         shutil.copytree(_snapshot(repo, revision), draft, copy_function=link_or_copy, dirs_exist_ok=True)
-        return {name: artifact.verify(run) for name, run in _stages(draft).items()}
+        return {name: artifact.verify(run) for name, run in stages_of(draft).items()}
 
 
 def fetched(place: str) -> Path:
@@ -115,20 +114,6 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     if not list(folder.glob(f"*/artifact/{MANIFEST}")):
         raise ArtifactError(f"{repo} holds no stages of unclip: `unclip push` writes STAGE/artifact/{MANIFEST}")
     return folder
-
-
-def _stages(runs: Path) -> dict[str, Path]:
-    """One run or artifact by its kind, or those of a folder of runs by their names."""
-    if (runs / "artifact").exists() or (runs / MANIFEST).exists():
-        return {artifact.read_manifest(runs).kind: runs}
-    found = {
-        path.name: path
-        for path in sorted(runs.glob("*"))
-        if artifact.kind_named(path.name) in KINDS and (path / "artifact" / MANIFEST).exists()
-    }
-    if not found:
-        raise ArtifactError(f"{runs} holds no stages: give a folder with finished runs {', '.join(KINDS)}, or one run")
-    return found
 
 
 def _refuse_mixed(stages: Mapping[str, Path], manifests: Mapping[str, Manifest]) -> None:

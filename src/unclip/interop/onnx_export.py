@@ -34,7 +34,7 @@ def export_onnx(runs: Path, out: Path, *, programs: bool = False) -> dict[str, f
     found: dict[str, float] = {}
     index: dict[str, Any] = {}
     with complete_or_not(out) as draft:
-        for name, folder in _stages(runs).items():
+        for name, folder in artifact.stages_of(runs).items():
             model, manifest = artifact.load(folder)
             artifact.refuse_half(manifest, folder)
             for step in steps_of(name, model.float()):
@@ -49,21 +49,6 @@ def export_onnx(runs: Path, out: Path, *, programs: bool = False) -> dict[str, f
                 index[file.name] = about | ({} if step.timesteps is None else {"timesteps": step.timesteps})
         (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return found
-
-
-def _stages(runs: Path) -> dict[str, Path]:
-    """One run or artifact by its kind, or all stages of a folder of runs by their names."""
-    try:
-        return {artifact.read_manifest(runs).kind: runs}
-    except ArtifactError:
-        found = [path for path in sorted(runs.glob("*")) if artifact.kind_named(path.name) in _KINDS]
-        names = [path.name for path in found if artifact.is_there(path)]
-        if not names:
-            raise
-        return {name: runs / name for name in names}
-
-
-_KINDS = ("clip", "prior", "decoder", "upsampler")
 
 
 class _Named(nn.Module):

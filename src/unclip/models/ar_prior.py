@@ -166,9 +166,6 @@ class ARPrior(nn.Module):
         self.buckets.edges = torch.zeros(count, self.cfg.num_buckets + 1)
         self.buckets.values = torch.zeros(count, self.cfg.num_buckets)
 
-    def finish(self, embeddings: Any) -> None:
-        """Nothing to gather after training."""
-
     def default_sampling(self) -> ARSampling:
         return self.cfg.sampling
 

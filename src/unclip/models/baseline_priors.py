@@ -114,9 +114,6 @@ class BaselinePrior(nn.Module):
     def fit(self, embeddings: Any) -> None:
         """Nothing to gather before training."""
 
-    def finish(self, embeddings: Any) -> None:
-        """Nothing to gather after training."""
-
     def default_sampling(self) -> NoSampling:
         return NoSampling()
 

@@ -192,7 +192,7 @@ class CLIP(nn.Module):
             load_weights(self.model, self.cfg.name, self.cfg.pretrained)
             self._set_lora(self.cfg.lora_rank)
 
-    def finish(self, embeddings: None = None) -> None:
+    def finish(self) -> None:
         """After training: a CLIP with adapters becomes one without."""
         self._set_lora(0)
         self.cfg = replace(self.cfg, lora_rank=0)

@@ -192,9 +192,6 @@ class Decoder(nn.Module):
             if net is not None:
                 net.text_proj.set_empty_caption(tokens, emb, text_seq)
 
-    def finish(self, embeddings: Any) -> None:
-        """Nothing to gather after training."""
-
     def default_sampling(self) -> DiffusionSampling:
         return self.cfg.sampling
 

@@ -149,9 +149,6 @@ class DiffusionPrior(nn.Module):
         """Store the caption "", z_t (D,) raw; see :func:`unclip.nets.empty_caption.set_empty_caption`."""
         self.net.set_empty_caption(tokens, scaled(text_emb) if self.scaled else text_emb, text_seq)
 
-    def finish(self, embeddings: Any) -> None:
-        """Nothing to gather after training."""
-
     def statistics(self) -> dict[str, Tensor]:
         """What :meth:`gather` found; empty before."""
         return {"x0_var": self.x0_var} if len(self.x0_var) else {}

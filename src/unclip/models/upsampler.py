@@ -148,9 +148,6 @@ class Upsampler(nn.Module):
         take_first(self, "upsampler")
         self.last_net.load_state_dict(self.net.state_dict())
 
-    def finish(self, embeddings: Any) -> None:
-        """Nothing to gather after training."""
-
     def default_sampling(self) -> UpsamplerSampling:
         return self.cfg.sampling
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unclip.nets.layers import ClipWidths, Cond, Keep, Null, keep_rows, merge_heads, split_heads
-from unclip.nets.transformer import TextTransformer, TextTransformerConfig, TransformerBlock, TransformerBlocks
+from unclip.nets.transformer import TextTransformer, TextTransformerConfig, TransformerBlock, TransformerBlocks, causal
 
 
 @dataclass
@@ -114,7 +114,7 @@ class ARNet(nn.Module):
         """Logits (B, k, num_buckets) of codes (B, k), each from those before it; dot (B,) in [0, num_dots]."""
         inputs = torch.cat((self.embed_dot(dot), self.embed_codes(codes[:, :-1], 0)), dim=1).to(prefix.tokens.dtype)
         x = torch.cat((prefix.tokens, inputs), dim=1)
-        mask = _causal(F.pad(prefix.mask, (0, codes.shape[1]), value=True))
+        mask = causal(F.pad(prefix.mask, (0, codes.shape[1]), value=True))
         x = self.transformer_blocks.run(x, mask)
         return self.logits(x[:, prefix.tokens.shape[1] :], 0)
 
@@ -156,7 +156,7 @@ class ARRun:
         self.net = net
         self._blocks = [block for block in net.transformer_blocks if isinstance(block, TransformerBlock)]
         self._dtype = self._blocks[0].norm1.weight.dtype  # of sharded blocks bfloat16, whatever the tokens are
-        pairs = net.transformer_blocks.keys_values(prefix.tokens, _causal(prefix.mask))
+        pairs = net.transformer_blocks.keys_values(prefix.tokens, causal(prefix.mask))
         self._memory = [tuple(F.pad(side, (0, 0, 0, num_codes)) for side in pair) for pair in pairs]
         self._mask = F.pad(prefix.mask, (0, num_codes), value=True)[:, None, None]
         self._length = prefix.mask.shape[1]
@@ -176,12 +176,3 @@ class ARRun:
             x = x + attention.to_out(merge_heads(mixed))
             x = x + block.ff(block.norm3(x))
         return self.net.logits(x, number)[:, 0]
-
-
-def _causal(mask: Tensor) -> Tensor:
-    """(B, 1, N, N) of a mask (B, N): each position sees itself and the unmasked ones before it."""
-    length = mask.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
-    # a masked position sees at least itself, else its softmax has no key; nobody reads it
-    alone = torch.eye(length, dtype=torch.bool, device=mask.device)
-    return (causal & mask[:, None, :] | alone)[:, None]

@@ -200,6 +200,15 @@ class PriorContext:
         return PriorContext([(key[:n], value[:n]) for key, value in self.keys_values], self.mask[:n])
 
 
+def causal(mask: Tensor) -> Tensor:
+    """(B, 1, N, N) of a mask (B, N): each position sees itself and the unmasked ones before it."""
+    length = mask.shape[1]
+    before = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+    # a masked position sees at least itself, else its softmax has no key; nobody reads it
+    alone = torch.eye(length, dtype=torch.bool, device=mask.device)
+    return (before & mask[:, None, :] | alone)[:, None]
+
+
 class PrefixNet(nn.Module):
     """A causal transformer over L caption states and z_t; ``num_suffix`` further tokens see them, but not the reverse.
 
@@ -251,12 +260,7 @@ class PrefixNet(nn.Module):
             states, mask = self._caption(cond)
             text = torch.cat((states, text), dim=1)
             real = torch.cat((mask if keep.text is None else mask & keep.text[:, None], real), dim=1)
-        length = text.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=text.device).tril()
-        # a masked position sees at least itself, else its softmax has no key; nobody reads it
-        alone = torch.eye(length, dtype=torch.bool, device=text.device)
-        mask = (causal & real[:, None, :] | alone)[:, None]
-        return PriorContext(self.transformer_blocks.keys_values(text, mask), real)
+        return PriorContext(self.transformer_blocks.keys_values(text, causal(real)), real)
 
     def null_context(self) -> PriorContext:
         """The prefix of a dropped text side, for all rows alike: one row, of one token where the caption is masked."""
