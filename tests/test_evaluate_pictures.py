@@ -24,7 +24,7 @@ from unclip.evaluation.extractors import ClipFeatures
 from unclip.recipe import from_png
 
 pytestmark = pytest.mark.timeout(280)
-ALL = "metrics=[fid,kid,cmmd,precision_recall,density_coverage,clip_score,r_precision,vendi,lpips,memorisation]"
+ALL = "metrics=[fid,kid,cmmd,precision_recall,density_coverage,clip_score,r_precision,vendi,pair_distance,memorisation]"
 GIVEN = ["drawn.split=data/test", "real.split=data/val", "train.split=data/train"]
 
 
@@ -75,7 +75,10 @@ def test_every_figure_of_a_split_against_another(root: Path, capsys: pytest.Capt
         "score_real",
     }
     names |= {"r_precision", "r_precision_real", "nearest_train", "nearest_train_real", "copied_share"}
-    assert set(found["measures"]) == {f"clip/{name}" for name in names} | {"lite0/lpips", "lite0/lpips_real"}
+    assert set(found["measures"]) == {f"clip/{name}" for name in names} | {
+        "lite0/pair_distance",
+        "lite0/pair_distance_real",
+    }
     for name, value in found["measures"].items():
         low, high = found["intervals"][name]
         assert low <= value + 1e-9, name
@@ -110,7 +113,12 @@ def test_copies_of_training_pictures_are_found(root: Path):
 
 DRAWN = ["drawn.runs=runs", "drawn.num=64", "drawn.batch_size=8", "real.split=data/val", "size=16", "clip=runs/clip"]
 SHORT = ["drawn.sampling.prior_steps=1", "drawn.sampling.decoder_steps=2", "drawn.sampling.upsampler_steps=1"]
-MEASURED = ["features=[clip]", "metrics=[kid,precision_recall,clip_score,vendi,lpips]", "replicates=5", "pairs=10"]
+MEASURED = [
+    "features=[clip]",
+    "metrics=[kid,precision_recall,clip_score,vendi,pair_distance]",
+    "replicates=5",
+    "pairs=10",
+]
 
 
 def test_two_ranks_find_exactly_what_one_process_finds(root: Path):
@@ -190,16 +198,16 @@ def test_pictures_without_captions_can_be_compared(root: Path):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(root / "bare" / f"{i:02d}.png")
     (root / "bare" / "00.txt").write_text("the only one with a caption")
     found = evaluated(
-        "pictures", "run=bare-run", "drawn.folder=bare", "metrics=[lpips,vendi]", "replicates=5", "pairs=10"
+        "pictures", "run=bare-run", "drawn.folder=bare", "metrics=[pair_distance,vendi]", "replicates=5", "pairs=10"
     )
-    assert {"lite0/lpips", "lite0/vendi"} <= set(found["measures"])
+    assert {"lite0/pair_distance", "lite0/vendi"} <= set(found["measures"])
 
 
 def test_several_pictures_of_a_caption_are_compared_with_each_other(root: Path):
     given = ["drawn.runs=runs", "drawn.num=10", "drawn.per_caption=2", *SHORT, "drawn.captions.split=data/val"]
-    found = evaluated("pictures", "run=several", *given, "metrics=[lpips]", "replicates=5")
-    assert set(found["measures"]) == {"lite0/lpips_of_a_caption"}
-    assert found["measures"]["lite0/lpips_of_a_caption"] > 0
+    found = evaluated("pictures", "run=several", *given, "metrics=[pair_distance]", "replicates=5")
+    assert set(found["measures"]) == {"lite0/pair_distance_of_a_caption"}
+    assert found["measures"]["lite0/pair_distance_of_a_caption"] > 0
 
 
 @pytest.mark.parametrize(
@@ -236,8 +244,8 @@ def test_several_pictures_of_a_caption_are_compared_with_each_other(root: Path):
         ([*GIVEN, "metrics=[fdi]"], "is not one of: fid, kid"),
         ([*GIVEN, "pairs=9"], "pairs=9 must be at least 10"),
         (
-            [*GIVEN, "metrics=[lpips]", "real.num=19"],
-            "lpips needs at least 10 pairs of real pictures, but there are 9: give more, or leave it out of metrics",
+            [*GIVEN, "metrics=[pair_distance]", "real.num=19"],
+            "pair_distance needs at least 10 pairs of real pictures, but there are 9: give more, or leave it out of metrics",
         ),
         ([*GIVEN, "metrics=[vendi]", "real.num=19"], "vendi needs at least 20 real pictures, but there are 19"),
         (

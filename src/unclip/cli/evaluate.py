@@ -52,8 +52,8 @@ GOOD_PICTURES = {  # by the name behind the net's
     "score": "near score_real",
     "r_precision": "near r_precision_real; chance is 0.01",
     "vendi": "near vendi_real",
-    "lpips": "near lpips_real",
-    "lpips_of_a_caption": "0: always the same picture",
+    "pair_distance": "near pair_distance_real",
+    "pair_distance_of_a_caption": "0: always the same picture",
     "nearest_train": "near nearest_train_real",
     "copied_share": "about 0.01",
 }

@@ -34,7 +34,7 @@ from unclip.evaluation.sources import Fit, Source, SourceConfig, caption_of, loa
 
 NEIGHBOURS = "neighbours.png"
 NETS = ("lite0", "clip", "dinov2", "inception")
-DEFAULT = (Metric.kid, Metric.precision_recall, Metric.density_coverage, Metric.vendi, Metric.lpips)
+DEFAULT = (Metric.kid, Metric.precision_recall, Metric.density_coverage, Metric.vendi, Metric.pair_distance)
 SHOWN = 8
 
 
@@ -46,7 +46,7 @@ class PictureEvaluateConfig:
     ``features``: the nets whose features are compared, of lite0, clip, dinov2 and inception; ``clip`` is a run or artifact,
     ``dinov2`` and ``inception`` are files of weights. ``size``: what all pictures are cut to; null: as drawn, which real ones
     must then be too. ``neighbours``: k of precision, recall, density and coverage. ``replicates``: of the bootstrap.
-    ``pairs``: of pictures that lpips compares, 10 or more. ``filtered_share`` > 0 gives each distance again without that share of
+    ``pairs``: of pictures that pair_distance compares, 10 or more. ``filtered_share`` > 0 gives each distance again without that share of
     the real pictures, those nearest to a training picture by the first net.
     """
 
@@ -89,7 +89,7 @@ class PictureEvaluateConfig:
                 "filtered_share leaves out some of the real pictures: give real.split=, real.folder= or real.coco="
             )
         if self.pairs < LEAST_PAIRS:
-            raise ConfigError(f"pairs={self.pairs} must be at least {LEAST_PAIRS}: lpips of fewer says nothing")
+            raise ConfigError(f"pairs={self.pairs} must be at least {LEAST_PAIRS}: pair_distance of fewer says nothing")
         if self.neighbours < 1 or self.replicates < 0 or not 0 <= self.filtered_share < 1:
             raise ConfigError(
                 f"neighbours={self.neighbours} must be at least 1, replicates={self.replicates} at least 0, and "
@@ -99,15 +99,15 @@ class PictureEvaluateConfig:
     @property
     def compared(self) -> list[str]:
         """The nets whose features of pictures are needed."""
-        needed = set(self.metrics) - OF_CLIP - {Metric.lpips} or self.filtered_share
+        needed = set(self.metrics) - OF_CLIP - {Metric.pair_distance} or self.filtered_share
         return list(
             dict.fromkeys([*(self.features if needed else []), *(["clip"] if OF_CLIP & set(self.metrics) else [])])
         )
 
     @property
     def nets(self) -> list[str]:
-        """All that look at pictures; for lpips one of them looks at pairs."""
-        return list(dict.fromkeys([*self.compared, *(["lite0"] if Metric.lpips in self.metrics else [])]))
+        """All that look at pictures; for pair_distance one of them looks at pairs."""
+        return list(dict.fromkeys([*self.compared, *(["lite0"] if Metric.pair_distance in self.metrics else [])]))
 
 
 def evaluate_pictures(cfg: PictureEvaluateConfig) -> dict[str, Any]:
@@ -144,7 +144,7 @@ class PictureEvaluation:
         self._refuse_too_few()
         self.size = self._common_size()
         self.captions = self._captions()
-        self.pairs = self._pairs() if Metric.lpips in self.metrics else {}
+        self.pairs = self._pairs() if Metric.pair_distance in self.metrics else {}
         self.stores: dict[tuple[str, str], Blocks] = {}
 
     def _drawer(self) -> DrawnCaptions | None:
@@ -195,14 +195,15 @@ class PictureEvaluation:
         return size
 
     def _captions(self) -> dict[str, list[str]]:
-        """Of drawn pictures and, where they have any, real ones, if they are read; for lpips of drawn ones, if all have one."""
+        """Of drawn pictures and, where they have any, real ones, if they are read; for pair_distance of
+        drawn ones, if all have one."""
         found = {}
         if self.metrics & {Metric.clip_score, Metric.r_precision}:
             for side in ("drawn", "real"):
                 source = self.sources.get(side)
                 if source is not None and (side == "drawn" or source.captions(0)):
                     found[side] = [caption_of(source, i) for i in range(len(source))]
-        elif Metric.lpips in self.metrics:
+        elif Metric.pair_distance in self.metrics:
             drawn = self.sources["drawn"]
             first = [next(iter(drawn.captions(i)), "") for i in range(len(drawn))]
             found = {"drawn": first} if all(first) else {}
@@ -219,7 +220,7 @@ class PictureEvaluation:
                 self._look(side, source)
             if side in self.captions and OF_CLIP & self.metrics:
                 self._read_captions(side)
-        if Metric.lpips in self.metrics:
+        if Metric.pair_distance in self.metrics:
             self._compare_pairs()
         self.ranks.wait()
 
@@ -255,7 +256,9 @@ class PictureEvaluation:
         net = self.nets["lite0"]
         assert isinstance(net, PictureFeatures)
         for side, pairs in self.pairs.items():
-            store = self._store("lpips", side, len(pairs), str(self.cfg.pairs), str(self.cfg.seed), self.lpips_name)
+            store = self._store(
+                "pair_distance", side, len(pairs), str(self.cfg.pairs), str(self.cfg.seed), self.pair_name
+            )
             for block, rows in self._mine(len(pairs), f"comparing {side} pictures"):
                 if store.has(block):
                     continue
@@ -269,7 +272,7 @@ class PictureEvaluation:
         """Of drawn pictures; of real ones too where the pairs are of any captions, which those can be compared with."""
         captions: Sequence[Hashable] = self.captions.get("drawn", []) or range(len(self.sources["drawn"]))
         pairs, alike = pairs_of(captions, self.cfg.pairs, self.cfg.seed)
-        self.lpips_name = "lpips_of_a_caption" if alike else "lpips"
+        self.pair_name = "pair_distance_of_a_caption" if alike else "pair_distance"
         found = {"drawn": pairs}
         if "real" in self.sources and not alike:
             found["real"] = pairs_of(range(len(self.sources["real"])), self.cfg.pairs, self.cfg.seed)[0]
@@ -282,7 +285,7 @@ class PictureEvaluation:
 
     def _store(self, name: str, side: str, count: int, *more: str) -> Blocks:
         if (name, side) not in self.stores:
-            net = self.nets[{"texts": "clip", "lpips": "lite0"}.get(name, name)]
+            net = self.nets[{"texts": "clip", "pair_distance": "lite0"}.get(name, name)]
             about = {"pictures": self.sources[side].fingerprint, "net": net.hash, "size": str(self.size)}
             about |= {"pairs": " ".join(more)} if more else {}
             self.stores[name, side] = Blocks(self.run / "features" / f"{name}-{side}", count, about)
@@ -314,8 +317,8 @@ class PictureEvaluation:
             texts = self._rows("texts", side)
             figures.fit_captions(self.metrics, side, self._rows("clip", side), texts, self.captions[side])
         for (name, side), store in self.stores.items():
-            if name == "lpips":
-                figures.mean(f"lite0/{self.lpips_name}{'_real' if side == 'real' else ''}", store.read()[:, 0], side)
+            if name == "pair_distance":
+                figures.mean(f"lite0/{self.pair_name}{'_real' if side == 'real' else ''}", store.read()[:, 0], side)
         return self._told(figures, kept)
 
     def _show(self, neighbours: Tensor, drawn: Tensor) -> None:

@@ -24,12 +24,17 @@ class Metric(Enum):
     clip_score = "clip_score"
     r_precision = "r_precision"
     vendi = "vendi"
-    lpips = "lpips"
+    pair_distance = "pair_distance"
     memorisation = "memorisation"
 
 
 OF_CLIP = {Metric.cmmd, Metric.clip_score, Metric.r_precision}
-ONE_SIDED = {Metric.clip_score, Metric.r_precision, Metric.vendi, Metric.lpips}  # mean something without real pictures
+ONE_SIDED = {
+    Metric.clip_score,
+    Metric.r_precision,
+    Metric.vendi,
+    Metric.pair_distance,
+}  # mean something without real pictures
 LEAST = {  # pictures on each side; docs/evaluation.md says why. Of fid, one more than features
     Metric.kid: 50,
     Metric.cmmd: 50,
@@ -38,10 +43,10 @@ LEAST = {  # pictures on each side; docs/evaluation.md says why. Of fid, one mor
     Metric.clip_score: 10,
     Metric.r_precision: NUM_WRONG + 1,
     Metric.vendi: 20,
-    Metric.lpips: 20,
+    Metric.pair_distance: 20,
     Metric.memorisation: 20,
 }
-LEAST_PAIRS = 10  # of lpips: what its 20 pictures make
+LEAST_PAIRS = 10  # of pair_distance: what its 20 pictures make
 COPY_QUANTILE, NUM_SHOWN = 0.99, 4
 
 
@@ -58,11 +63,11 @@ def refuse_too_few(metric: Metric, counts: dict[str, int], width: int = 0) -> No
 
 
 def refuse_few_pairs(side: str, count: int) -> None:
-    """ConfigError where LPIPS would rest on few pairs of pictures."""
+    """ConfigError where the distance of pairs would rest on few pairs of pictures."""
     if count < LEAST_PAIRS:
         raise ConfigError(
-            f"lpips needs at least {LEAST_PAIRS} pairs of {side} pictures, but there are {count}: give more, or leave it out "
-            "of metrics"
+            f"pair_distance needs at least {LEAST_PAIRS} pairs of {side} pictures, but there are {count}: give more, or leave it "
+            "out of metrics"
         )
 
 
