@@ -29,11 +29,9 @@ log = logging.getLogger(__name__)
 
 def make_loggers(cfg: LoggerConfig, run: Path, start: int, settings: dict[str, Any], group: str | None) -> list[Logger]:
     """The loggers of a run that begins at step ``start``; ``group`` is the sweep that it belongs to."""
-    jsonl = JsonlLogger(run / "metrics.jsonl", start)
+    jsonl = JsonlLogger(run / "metrics.jsonl", start, csv_too=cfg.name is LoggerName.csv)
     loggers: list[Logger] = [jsonl]
-    if cfg.name is LoggerName.csv:
-        loggers.append(CsvLogger(jsonl.path))
-    elif cfg.name is LoggerName.tensorboard:
+    if cfg.name is LoggerName.tensorboard:
         loggers.append(TensorBoardLogger(run, name="tensorboard", version="", purge_step=start + 1))
     elif cfg.name is LoggerName.wandb:
         loggers.append(WandbRun(cfg, run, jsonl, settings, group))
@@ -45,12 +43,13 @@ def make_loggers(cfg: LoggerConfig, run: Path, start: int, settings: dict[str, A
 class JsonlLogger(Logger):
     """``metrics.jsonl``: one JSON object a line with ``step``, ``seconds`` and the metrics.
 
-    A resumed run first drops the lines beyond its checkpoint, so every step stands there once.
+    A resumed run first drops the lines beyond its checkpoint, so every step stands there once. ``csv_too`` makes ``metrics.csv``
+    of it whenever training ends or stops: one column a metric.
     """
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
+    def __init__(self, path: Path, resumed_step: int, csv_too: bool) -> None:
         super().__init__()
-        self.path = path
+        self.path, self._csv_too = path, csv_too
         self._start = time.monotonic()
         if rank_zero_only.rank == 0 and path.exists():
             kept = [line for line in path.read_text().splitlines() if _step_of(line) <= resumed_step]
@@ -82,6 +81,15 @@ class JsonlLogger(Logger):
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """The settings stand in ``config.yaml``."""
 
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        rows = self.rows() if self._csv_too else []
+        if rows:
+            with self.path.with_suffix(".csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+                writer.writeheader()
+                writer.writerows(rows)
+
     def validation(self, step: int) -> dict[str, float]:
         """What the validation at this step found; empty if there was none."""
         found = [row for row in self.rows() if row["step"] == step]
@@ -96,39 +104,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError):
         return float("inf")  # a line cut short by a crash
-
-
-class CsvLogger(Logger):
-    """``metrics.csv``, written from ``metrics.jsonl`` whenever training ends or stops: one column a metric."""
-
-    def __init__(self, jsonl: Path) -> None:
-        super().__init__()
-        self.jsonl = jsonl
-
-    @property
-    def name(self) -> str:
-        return "csv"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Everything stands in the JSONL file."""
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The settings stand in ``config.yaml``."""
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        if not self.jsonl.exists():
-            return
-        rows = [json.loads(line) for line in self.jsonl.read_text().splitlines()]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with self.jsonl.with_suffix(".csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 class WandbRun(WandbLogger):

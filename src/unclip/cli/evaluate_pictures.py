@@ -46,8 +46,8 @@ class PictureEvaluateConfig:
     ``features``: the nets whose features are compared, of lite0, clip, dinov2 and inception; ``clip`` is a run or artifact,
     ``dinov2`` and ``inception`` are files of weights. ``size``: what all pictures are cut to; null: as drawn, which real ones
     must then be too. ``neighbours``: k of precision, recall, density and coverage. ``replicates``: of the bootstrap.
-    ``pairs``: of pictures that pair_distance compares, 10 or more. ``filtered_share`` > 0 gives each distance again without that share of
-    the real pictures, those nearest to a training picture by the first net.
+    ``pairs``: of pictures that pair_distance compares, 10 or more. ``filtered_share`` > 0 gives each distance again without that
+    share of the real pictures, those nearest to a training picture by the first net.
     """
 
     run: str
@@ -195,8 +195,7 @@ class PictureEvaluation:
         return size
 
     def _captions(self) -> dict[str, list[str]]:
-        """Of drawn pictures and, where they have any, real ones, if they are read; for pair_distance of
-        drawn ones, if all have one."""
+        """Of drawn pictures and, where they have any, real ones, if they are read; of drawn ones for pairs, if all have one."""
         found = {}
         if self.metrics & {Metric.clip_score, Metric.r_precision}:
             for side in ("drawn", "real"):
