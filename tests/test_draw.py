@@ -398,7 +398,7 @@ def test_the_cases_are_fixed_and_the_oracle_reads_them():
     assert judged["colour_turned"]["share"] == judged["both"]["share"] == 0
 
 
-@pytest.mark.parametrize(("num", "wanted"), [(3, [0, 2, 4]), (32, [0, 1, 2, 3, 4])])
+@pytest.mark.parametrize(("num", "wanted"), [(3, [0, 1, 3]), (32, [0, 1, 2, 3, 4])])
 def test_compare_shows_each_sample_once(place: Path, num: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch):
     if not (place / "data").exists():
         write_shapes(place / "data", num=5, size=32, workers=1)

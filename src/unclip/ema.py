@@ -123,6 +123,10 @@ def reconstruct(run: Path, out: Path, width: float, step: int | None = None) -> 
     run has no snapshots or they are not of its model, ConfigError for a width or step that they do not reach.
     """
     artifact.refuse_run(out)
+    if out.resolve() == run.resolve():
+        raise ConfigError(
+            f"--out {out} is the run itself, whose artifact it would replace; give another folder than the run's"
+        )
     manifest = artifact.read_manifest(run)
     kept = snapshots(run)
     if not kept:

@@ -300,7 +300,7 @@ def test_whitening_refuses_unit_rows_and_the_papers_form_takes_them(world: World
     embeddings = Embeddings(imported(world, tmp_path), "train")
     net = PriorNetConfig(width=32, depth=1, num_heads=2)
     whitened = DiffusionPriorConfig(net=net, embedding_space=EmbeddingSpace.whitened)
-    for sources in ({}, {"others": [SourceConfig(embeddings=str(embeddings.folder))]}):
+    for sources in ({}, {"others": [SourceConfig(path="", embeddings=str(embeddings.folder))]}):
         place = DataConfig(embeddings=str(embeddings.folder), **sources)
         with pytest.raises(ConfigError, match="unit-norm rows, but the model takes CLIP's raw outputs"):
             UnclipData(place, 0, 4, whitened.columns, raw=whitened.is_raw).train_dataloader()

@@ -189,10 +189,8 @@ def test_other_parametrisations_learn_too(cfg: DiffusionConfig):
 
 def test_gathered_variances_are_those_of_an_exact_prior():
     """A net that knows the spread of its data: Var[x0 | x_t] = 1 / (1/s² + SNR), up to the average over the rows."""
-    prior, std = (
-        make(diffusion=DiffusionConfig(predict=Predict.x0, num_timesteps=40), embedding_space=EmbeddingSpace.whitened),
-        0.5,
-    )
+    few = DiffusionConfig(predict=Predict.x0, num_timesteps=40)
+    prior, std = make(diffusion=few, embedding_space=EmbeddingSpace.whitened, sampling=DDIM), 0.5
     schedule = prior.diffusion.schedule
 
     class Exact(torch.nn.Module):
