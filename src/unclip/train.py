@@ -202,7 +202,8 @@ def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, Uncl
     data.parts = cfg.trainer.accumulate
     if isinstance(model_cfg, UpsamplerConfig) and model_cfg.bsr is not Bsr.none:
         data.degrade = Degrade(model_cfg.bsr, model_cfg.image_size, model_cfg.low_size, cfg.seed)
-    _ = kind == "clip" or data.fingerprint  # what is missing is told before a model asks for it
+    if kind != "clip":  # whose captions are not tokenised yet
+        _ = data.fingerprint  # tells what is missing before a model asks for it
     torch.manual_seed(cfg.seed)  # not before: reading a CLIP for live states draws numbers too
     model = build(model_cfg, data.interface)
     if kind == "clip":
