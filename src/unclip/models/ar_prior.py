@@ -87,18 +87,8 @@ class ARPriorConfig(PriorConfig):
 
     @property
     def fitted(self) -> tuple[str, ...]:
-        return (
-            *(
-                "explained_variance",
-                "num_components",
-                "num_buckets",
-                "edges",
-                "bucket_range",
-                "bucket_value",
-                "fit_rows",
-            ),
-            "num_dots",
-        )
+        codes = ("explained_variance", "num_components", "num_buckets", "edges", "bucket_range", "bucket_value")
+        return (*codes, "num_dots", "fit_rows")
 
 
 class ARPrior(nn.Module):

@@ -162,9 +162,8 @@ class LinearPrior(BaselinePrior):
         size, outputs = self.weight.shape
         xx, xy = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, outputs, dtype=torch.float64)
         x_sum, y_sum = xx.new_zeros(size), xx.new_zeros(outputs)
-        for part in in_parts(
-            embeddings, self.cfg.columns, 1024 if self.cfg.caption_mean else 65536
-        ):  # states are large
+        at_once = 1024 if self.cfg.caption_mean else 65536  # states are large
+        for part in in_parts(embeddings, self.cfg.columns, at_once):
             cond = Cond(text_emb=scaled(part["text_emb"]), text_seq=part.get("text_seq"), tokens=part.get("tokens"))
             x, y = self._inputs(cond).double(), scaled(part["image_emb"]).double()
             xx, xy, x_sum, y_sum = xx + x.T @ x, xy + x.T @ y, x_sum + x.sum(0), y_sum + y.sum(0)
