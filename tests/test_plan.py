@@ -1,5 +1,8 @@
 """`unclip plan`: its memory against what the allocator handed out, its FLOPs against a count by hand, and its refusals."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +11,7 @@ import pytest
 import torch
 from models.test_decoder import make
 from models.test_decoder_split import saved
+from tests_support import environment
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from typer.testing import CliRunner
@@ -90,6 +94,12 @@ def allocated(cfg: ModelConfig, interface: Interface, optim: OptimConfig, rows: 
         batch = example(model, interface, rows)
         for _ in range(2):
             train_step(Losses(model), optimizer, batch, Precision.bf16)
+    return peak_of(seen)
+
+
+def peak_of(seen: profile) -> int:
+    """The largest number of bytes alive at once, by the allocator's events."""
+    assert seen.profiler is not None
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -106,6 +116,21 @@ def test_memory_is_within_15_percent_of_what_the_allocator_handed_out(name: str)
     averages = bool(optim.ema_decay) + len(optim.ema_profiles)
     assert step.bytes["optimiser"] == pytest.approx(4 * step.trainable * (2 + averages), rel=0.01)
     assert step.bytes["parameters"] == pytest.approx(4 * step.parameters, rel=0.02)
+
+
+def test_memory_of_two_ranks_is_within_15_percent_of_what_each_ones_allocator_handed_out():
+    """Real DDP and FSDP2 over gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = Path(__file__).with_name("memory_ranks.py")
+    done = subprocess.run(
+        [*command, script, *SMALL], env=environment(), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for name, (cfg, interface, optim, rows) in SMALL.items():
+        step = measure_step(cfg, interface, optim, Precision.bf16, rows)
+        for strategy, kinds in on_devices(step, 2, Precision.bf16).items():
+            assert sum(kinds.values()) == pytest.approx(found[strategy][name], rel=0.15), (strategy, name)
 
 
 def test_a_first_net_at_rest_is_kept_but_not_trained_nor_gathered():

@@ -102,14 +102,14 @@ class Losses(nn.Module):
         return torch.stack(list(self.model.losses(batch, noise).values())).sum()
 
 
-def train_step(losses: Losses, optimizer: AdamWEMA, batch: Batch, precision: Precision) -> None:
+def train_step(losses: nn.Module, optimizer: AdamWEMA, batch: Batch, precision: Precision) -> None:
     """What a stage does for one batch on one device."""
     _backward(losses, batch, precision)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
 
-def _backward(losses: Losses, batch: Batch, precision: Precision) -> None:
+def _backward(losses: nn.Module, batch: Batch, precision: Precision) -> None:
     device = batch.column("tokens").device
     with torch.autocast(device.type, torch.bfloat16, enabled=precision is Precision.bf16):
         loss = losses(batch)
