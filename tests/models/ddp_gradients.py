@@ -55,7 +55,7 @@ class Probe(ClipStage):
             self.trainer_cfg.accumulate, self.optim_cfg.sam_rho = accumulate, rho
             terms = self._gradients(mine)
             gradients = {key: p.grad.clone() for key, p in self.model.named_parameters() if p.grad is not None}
-            found[name] = (terms["contrastive"].clone(), gradients)
+            found[name] = (self.trainer.strategy.reduce(terms["contrastive"].clone(), reduce_op="mean"), gradients)
         if self.global_rank == 0:
             torch.save(found, Path(sys.argv[1]) / "out.pt")
 

@@ -114,7 +114,7 @@ def test_two_ranks_agree_with_one_device(tmp_path: Path) -> None:
 
 
 def sam_per_rank(clip: CLIP, rho: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """By the definition: each of two copies climbs by its own half's gradient, then both share one contrastive loss."""
+    """By the definition: each of two copies climbs by its own half's gradient, then both see the pairs of both."""
     copies = [clip, copy.deepcopy(clip)]
     first = both_losses(copies)
     with torch.no_grad():
@@ -136,9 +136,12 @@ def both_losses(copies: list[CLIP]) -> torch.Tensor:
         one.zero_grad(set_to_none=True)
     features = [one.features(half) for one, half in zip(copies, halves, strict=True)]
     images, texts = (torch.cat(column) for column in zip(*features, strict=True))
-    losses = [one.contrast(images, texts)["contrastive"] for one in copies]
-    torch.stack(losses).sum().backward()
-    return losses[0].detach()
+    rows = [slice(0, len(halves[0])), slice(len(halves[0]), None)]
+    losses = torch.stack(
+        [one.contrast(images, texts, mine)["contrastive"] for one, mine in zip(copies, rows, strict=True)]
+    )
+    losses.sum().backward()
+    return losses.mean().detach()
 
 
 def trained(**settings: object) -> set[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unclip.data.batch import Batch
 from unclip.diffusion.noise import Noise
 from unclip.diffusion.samplers import OnStep
-from unclip.models.contrastive import of_all_ranks
+from unclip.models.contrastive import ALL, of_all_ranks
 from unclip.models.inputs import in_parts, scaled, text_side
 from unclip.models.interface import Interface, PriorConfig
 from unclip.models.sampling import NoSampling
@@ -223,9 +223,9 @@ class EclipsePrior(BaselinePrior):
         predicted = self._predicted(self.cond(batch)).float()
         mse = F.mse_loss(predicted, scaled(batch.column("image_emb")))
         pair = F.normalize(predicted, dim=1), F.normalize(batch.column("text_emb").float(), dim=1)
-        image_emb, text_emb = of_all_ranks(*pair) if self.training else pair
-        logits = image_emb @ text_emb.T
-        own = torch.arange(len(logits), device=logits.device)
+        (image_emb, text_emb), mine = of_all_ranks(*pair) if self.training else (pair, ALL)
+        logits = image_emb[mine] @ text_emb.T
+        own = torch.arange(len(image_emb), device=logits.device)[mine]
         return {"mse": mse, "contrast": self.cfg.contrast * F.cross_entropy(logits / self.cfg.temperature, own)}
 
 

@@ -17,7 +17,7 @@ from unclip.diffusion.noise import Noise
 from unclip.errors import ArtifactError, ConfigError
 from unclip.models.clip_lora import add_lora, merge_lora
 from unclip.models.clip_sources import Architecture, foreign_description, is_foreign, load_weights, named_architecture
-from unclip.models.contrastive import Contrast, contrastive_loss, of_all_ranks, sigmoid_loss
+from unclip.models.contrastive import ALL, Contrast, contrastive_loss, of_all_ranks, sigmoid_loss
 from unclip.models.interface import Interface, ModelConfig
 
 MAX_LOGIT_SCALE = 100.0  # Radford et al. 2021, section 2.5
@@ -172,9 +172,7 @@ class CLIP(nn.Module):
                 "perhaps model.freeze_image=true"
             )
         if self.cfg.unlocked_image_groups and hasattr(self.model.visual, "attnpool"):
-            raise ConfigError(
-                "a ResNet is frozen as a whole: set model.unlocked_image_groups=0, or model.freeze_image=false"
-            )
+            raise ConfigError("a ResNet is frozen as a whole: set model.unlocked_image_groups=0, or freeze_image=false")
 
     def interface(self) -> Interface:
         """Widths for the later stages; ``clip`` is empty, the artifact's hash fills it."""
@@ -236,8 +234,9 @@ class CLIP(nn.Module):
         return pooled @ net.text_projection, text_seq
 
     def losses(self, batch: Batch, noise: Noise | None = None) -> dict[str, Tensor]:
-        """The contrastive loss over the global batch; CLIP draws no noise."""
-        return self.contrast(*of_all_ranks(*self.features(batch)))
+        """The contrastive loss of this rank's pairs over the global batch; CLIP draws no noise."""
+        pairs, mine = of_all_ranks(*self.features(batch))
+        return self.contrast(*pairs, mine)
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit z_i and z_t (B, D), float32."""
@@ -246,14 +245,14 @@ class CLIP(nn.Module):
         image_emb = F.normalize(self.encode_image(batch.image).float(), dim=-1)
         return image_emb, F.normalize(self.encode_text(batch.tokens)[0].float(), dim=-1)
 
-    def contrast(self, image_emb: Tensor, text_emb: Tensor) -> dict[str, Tensor]:
-        """The loss of unit embeddings (B, D) of pairs."""
+    def contrast(self, image_emb: Tensor, text_emb: Tensor, mine: slice = ALL) -> dict[str, Tensor]:
+        """The loss of unit embeddings (B, D) of pairs, of those in ``mine`` among all."""
         with torch.no_grad():
             self.model.logit_scale.clamp_(0, math.log(MAX_LOGIT_SCALE))
         scale = self.model.logit_scale.exp()
         if self.cfg.contrast is Contrast.sigmoid:
-            return {"contrastive": sigmoid_loss(image_emb, text_emb, scale, self.model.logit_bias)}
-        return {"contrastive": contrastive_loss(image_emb, text_emb, scale)}
+            return {"contrastive": sigmoid_loss(image_emb, text_emb, scale, self.model.logit_bias, mine)}
+        return {"contrastive": contrastive_loss(image_emb, text_emb, scale, mine)}
 
     def logit_parameters(self) -> list[nn.Parameter]:
         """What the loss holds beside the embeddings: temperature and, for SigLIP, bias."""

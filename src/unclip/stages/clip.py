@@ -39,7 +39,8 @@ class ClipStage(Stage):
         torch.clear_autocast_cache()  # it holds casts of the weights without their gradients
         embeddings = [torch.cat(column).requires_grad_() for column in zip(*cached, strict=True)]
         scalars = [p for p in self.model.logit_parameters() if p.requires_grad]
-        terms = self.model.contrast(*of_all_ranks(*embeddings))
+        everyones, mine = of_all_ranks(*embeddings)
+        terms = self.model.contrast(*everyones, mine)
         gradients = torch.autograd.grad(terms["contrastive"], [*embeddings, *scalars])
         offset = 0
         for i, part in enumerate(parts):
