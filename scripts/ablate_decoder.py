@@ -19,9 +19,10 @@ from torch import Tensor
 
 from unclip.cli.measure import draw, pictures_of
 from unclip.config import Precision
-from unclip.data.shards import Shards, write_atomic
+from unclip.data.shards import Shards
 from unclip.diffusion.guidance import Guidance
 from unclip.diffusion.samplers import Sampler, SamplerConfig
+from unclip.drafts import write_atomic
 from unclip.errors import told_to_the_user
 from unclip.evaluation.features import PictureFeatures
 from unclip.evaluation.metrics import kid

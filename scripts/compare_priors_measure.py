@@ -18,7 +18,7 @@ from unclip import artifact
 from unclip.cli.measure import Yardstick, draw
 from unclip.config import Precision
 from unclip.data.datamodule import DataConfig
-from unclip.data.shards import write_atomic
+from unclip.drafts import write_atomic
 from unclip.errors import told_to_the_user
 from unclip.evaluation.prior import PriorEvaluateConfig, evaluate_prior
 from unclip.pipeline import UnCLIP

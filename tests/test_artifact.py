@@ -82,7 +82,7 @@ def test_the_link_moves_to_the_newest(run: Path):
 
 
 @pytest.mark.parametrize("step", [7, 9])
-@pytest.mark.parametrize("function", ["content_hash", "_fsync", "write_tensors"])
+@pytest.mark.parametrize("function", ["content_hash", "sync", "write_tensors"])
 def test_a_failure_while_saving_leaves_the_old_one_alone(run: Path, monkeypatch, function: str, step: int):
     def fail(*_):
         raise OSError("No space left on device")

@@ -17,12 +17,14 @@ from typing import Any, Protocol
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as tensor_bytes
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unclip import __version__
 from unclip.config import from_plain
+from unclip.drafts import complete_or_not, sync, write_atomic
 from unclip.errors import ArtifactError, ConfigError
 from unclip.models.interface import Interface
 from unclip.tensor_file import write_tensors
@@ -73,20 +75,13 @@ def save(run: Path, model: nn.Module | Mapping[str, Tensor], manifest: Manifest)
     ``write_tensors(None, state)`` meanwhile.
     """
     final = _unused(run / f"artifact-{manifest.step:08d}")
-    draft = final.with_name(final.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    with complete_or_not(final) as draft:
         _write(draft, model, manifest)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    os.replace(draft, final)
     link = run / "artifact.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
     os.replace(link, run / "artifact")
-    _fsync(run)
+    sync(run)
     _drop_older(run, keep=final.name)
     return final
 
@@ -111,7 +106,7 @@ def _write(draft: Path, model: nn.Module | Mapping[str, Tensor], manifest: Manif
     (draft / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
     (draft / "config.yaml").write_text(yaml.safe_dump(manifest.settings, sort_keys=False))
     for path in [*draft.iterdir(), draft]:
-        _fsync(path)
+        sync(path)
 
 
 def load(folder: Path | str, *, kind: str | None = None) -> tuple[nn.Module, Manifest]:
@@ -180,17 +175,11 @@ def _checked_weights(path: Path, manifest: Manifest) -> dict[str, Tensor]:
 def add_statistics(folder: Path | str, model: HasStatistics) -> Path:
     """Write the model's statistics into its artifact, in place of older ones; ``hash`` stays as it is. Returns the file."""
     path, manifest = locate(folder), read_manifest(folder)
-    draft = path / f"statistics.{os.getpid()}.tmp"
-    save_file({name: value.detach().cpu().contiguous() for name, value in model.statistics().items()}, draft)
-    manifest.statistics_sha256 = _sha256(draft)
+    content = tensor_bytes({name: t.detach().cpu().contiguous() for name, t in model.statistics().items()})
+    manifest.statistics_sha256 = hashlib.sha256(content).hexdigest()
     final = _statistics_file(path, manifest)
-    _fsync(draft)
-    os.replace(draft, final)
-    draft = path / f"{MANIFEST}.{os.getpid()}.tmp"
-    draft.write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-    _fsync(draft)
-    os.replace(draft, path / MANIFEST)
-    _fsync(path)
+    write_atomic(final, content)
+    write_atomic(path / MANIFEST, (json.dumps(asdict(manifest), indent=2) + "\n").encode())
     for old in path.glob("statistics-*.safetensors"):
         if old != final:
             old.unlink()
@@ -306,14 +295,6 @@ def _drop_older(run: Path, keep: str) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def describe(model: nn.Module) -> dict[str, int]:

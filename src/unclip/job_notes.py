@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from unclip.drafts import write_atomic
+
 ERROR, STOPPED = "error.json", "stopped.json"
 
 
@@ -25,9 +27,7 @@ def note(run: Path, name: str, **what: Any) -> None:
     if job is None and not run.is_dir():
         return
     run.mkdir(parents=True, exist_ok=True)
-    draft = run / f"{name}.{os.getpid()}.tmp"
-    draft.write_text(json.dumps({**what, "job": job}, indent=2) + "\n")
-    os.replace(draft, run / name)
+    write_atomic(run / name, (json.dumps({**what, "job": job}, indent=2) + "\n").encode())
 
 
 def note_error(error: Exception) -> None:

@@ -21,7 +21,7 @@ from pytorch_lightning.loggers import Logger, MLFlowLogger, TensorBoardLogger, W
 from unclip import wandb_files
 from unclip.artifact import Manifest
 from unclip.config import LoggerConfig, LoggerName
-from unclip.data.index import write_atomic
+from unclip.drafts import write_atomic
 from unclip.errors import ConfigError, TrainingError
 
 log = logging.getLogger(__name__)

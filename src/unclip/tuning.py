@@ -1,7 +1,6 @@
 """Training that starts from another run's artifact: its settings, its weights, and low-rank adapters instead of them."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from unclip import artifact
 from unclip.artifact import Manifest
 from unclip.config import over
+from unclip.drafts import write_atomic
 from unclip.errors import ConfigError
 from unclip.models import Decoder, Upsampler
 from unclip.models.interface import Interface
@@ -68,9 +68,7 @@ def note_parent(run: Path, role: str, source: str, manifest: Manifest | None = N
     """Write down in ``run`` what it started from: its ``init``, or the ``first`` net that it keeps."""
     manifest = manifest or artifact.read_manifest(source)
     run.mkdir(parents=True, exist_ok=True)
-    draft = run / f"{role}.json.{os.getpid()}.tmp"  # one for each rank
-    draft.write_text(json.dumps({"from": source, "hash": manifest.hash}) + "\n")
-    os.replace(draft, run / f"{role}.json")
+    write_atomic(run / f"{role}.json", (json.dumps({"from": source, "hash": manifest.hash}) + "\n").encode())
 
 
 def _fitted(model: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from unclip.config import OnSpike, Precision, TrainerConfig
 from unclip.data.batch import Batch
 from unclip.data.datamodule import UnclipData
+from unclip.drafts import write_atomic
 from unclip.errors import DivergedError
 from unclip.stages.base import Stage
 
@@ -200,12 +201,9 @@ class Watchdog(pl.Callback):
             now = {"host": socket.gethostname(), "pid": os.getpid(), "time": round(time.time(), 1), "step": self._step}
             now["seconds_since_step"] = round(time.monotonic() - self._last, 1)
             path = self.run / "heartbeat.json"
-            draft = path.with_suffix(".tmp")
             try:
-                draft.write_text(json.dumps(now) + "\n")
-                os.replace(draft, path)
+                write_atomic(path, (json.dumps(now) + "\n").encode())
             except OSError as error:  # a full disk: the checkpoint is what says so
-                draft.unlink(missing_ok=True)
                 log.warning("%s could not be written (%s)", path, error)
 
     def _tell(self, quiet: float) -> None:

@@ -102,7 +102,7 @@ def test_raw_rows_and_missing_captions_of_an_export(world: World, tmp_path: Path
     export_embeddings(ExportConfig(tmp_path / "emb", tmp_path / "out", raw=True))
     np.testing.assert_allclose(np.load(tmp_path / "out/img_emb/img_emb_0.npy"), world.image[:30], rtol=1e-3, atol=1e-3)
     assert pd.read_parquet(tmp_path / "out/metadata/metadata_0.parquet").columns.tolist() == ["key", "image_path"]
-    with pytest.raises(DataError, match=r"out exists already"):
+    with pytest.raises(ConfigError, match=r"out exists already"):
         export_embeddings(ExportConfig(tmp_path / "emb", tmp_path / "out"))
     with pytest.raises(ConfigError, match="unit-norm rows: CLIP's raw outputs cannot be had"):
         export_embeddings(ExportConfig(imported(world, tmp_path / "x"), tmp_path / "raw", raw=True))

@@ -12,7 +12,7 @@ from rich.table import Table
 from unclip.cli.evaluate_pictures import PictureEvaluateConfig, evaluate_pictures
 from unclip.cli.origin import origin
 from unclip.config import typed
-from unclip.data.shards import write_atomic
+from unclip.drafts import write_atomic
 from unclip.evaluation.prior import PriorEvaluateConfig, evaluate_prior
 from unclip.report.run import report_quietly
 from unclip.run_lock import RunLock

@@ -22,7 +22,7 @@ def push(
     ] = None,
 ) -> None:
     """Send stages to the Hugging Face hub, with a model card written from their manifests."""
-    from unclip.interop.drafts import complete_or_not
+    from unclip.drafts import complete_or_not
     from unclip.interop.hub import Push, prepare
     from unclip.interop.hub import push as send
 

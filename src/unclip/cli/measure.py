@@ -14,8 +14,9 @@ from torchvision.transforms.functional import gaussian_blur
 
 from unclip import artifact
 from unclip.config import Precision
-from unclip.data.shards import Sample, Shards, write_atomic
+from unclip.data.shards import Sample, Shards
 from unclip.data.transforms import load_image
+from unclip.drafts import write_atomic
 from unclip.errors import ConfigError, DataError
 from unclip.evaluation.features import PictureFeatures
 from unclip.evaluation.metrics import kid, retrieval

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from unclip.cli.asked import Asked, artifacts_of, load_chain
 from unclip.cli.sweep_ways import WAYS, Subject, Sweep
-from unclip.data.shards import Sample, Shards, write_atomic
+from unclip.data.shards import Sample, Shards
 from unclip.data.transforms import load_image
+from unclip.drafts import write_atomic
 from unclip.errors import DataError
 from unclip.evaluation.features import PictureFeatures
 from unclip.evaluation.metrics import kid

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from unclip import artifact
-from unclip.data.index import write_atomic
+from unclip.drafts import write_atomic
 from unclip.errors import ConfigError, TrainingError
 from unclip.run_lock import RANKS
 

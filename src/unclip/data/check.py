@@ -9,7 +9,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unclip.data.folder import picture_check
-from unclip.data.shards import scan_shard, write_atomic, write_index
+from unclip.data.shards import scan_shard, write_index
+from unclip.drafts import write_atomic
 from unclip.errors import DataError
 
 _log = logging.getLogger(__name__)

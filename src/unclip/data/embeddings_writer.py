@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from unclip.data.embeddings import VERSION
-from unclip.data.shards import Shards, sync_folder, write_atomic
+from unclip.data.shards import Shards
 from unclip.data.variants import ONE, Variants
+from unclip.drafts import sync, write_atomic
 from unclip.errors import DataError
 from unclip.models.interface import Interface
 
@@ -132,7 +133,7 @@ class EmbeddingsWriter:
                 (self.split_dir / "index.json").unlink(missing_ok=True)
                 shutil.rmtree(final)
             os.replace(draft, final)
-            sync_folder(self.split_dir)
+            sync(self.split_dir)
 
     def add_beside(self, name: str, content: Callable[[], bytes]) -> None:
         """A file beside the splits, unless it is there."""

@@ -30,8 +30,9 @@ from unclip.data.emoji_licenses import write_licenses
 from unclip.data.emoji_render import BASE_SIZE, Drawing, Rendered, distinct, render, render_large
 from unclip.data.emoji_sources import NAMES, STYLES, Name, Style, concept, read_drawings, read_names
 from unclip.data.emoji_split import SPLITS, share, split_pairs
-from unclip.data.shards import ShardWriter, write_atomic
+from unclip.data.shards import ShardWriter
 from unclip.data.write_lock import WriteLock
+from unclip.drafts import write_atomic
 from unclip.errors import ConfigError, DataError
 
 _log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unclip.data.emoji_fetch import Package
 from unclip.data.emoji_sources import NAMES, STYLES
-from unclip.data.shards import write_atomic
+from unclip.drafts import write_atomic
 
 _NAMES_CREDIT = "Copyright (c) 2017-2019 Miles Johnson (names and tags from Unicode CLDR)"
 

@@ -16,9 +16,10 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from unclip.data.shards import IMAGE_TYPES, ShardWriter, write_atomic
+from unclip.data.shards import IMAGE_TYPES, ShardWriter
 from unclip.data.transforms import load_image
 from unclip.data.write_lock import WriteLock
+from unclip.drafts import write_atomic
 from unclip.errors import ConfigError, DataError
 
 TABLES = (".csv", ".jsonl", ".parquet")

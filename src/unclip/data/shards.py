@@ -23,18 +23,16 @@ from unclip.data.index import (
     build_index,
     read_index,
     scan_shard,
-    sync_folder,
-    write_atomic,
     write_index,
 )
 from unclip.data.order import BLOCK_SHARDS
 from unclip.data.remote import MissingError, Remote, RemoteConfig, is_url
 from unclip.data.write_lock import WriteLock
+from unclip.drafts import sync
 from unclip.errors import DataError
 
 __all__ = [
-    "IMAGE_TYPES", "IndexReport", "Sample", "ShardWriter", "Shards", "build_index", "scan_shard", "sync_folder",
-    "write_atomic", "write_index",
+    "IMAGE_TYPES", "IndexReport", "Sample", "ShardWriter", "Shards", "build_index", "scan_shard", "write_index",
 ]  # fmt: skip
 _MAX_GAP = 64 << 10  # bytes between the members of a sample that are fetched together
 
@@ -138,7 +136,7 @@ class ShardWriter:
         self._file.close()
         path = self.split_dir / self._name()
         os.replace(path.with_name(path.name + ".tmp"), path)
-        sync_folder(self.split_dir)
+        sync(self.split_dir)
         self._entries.append(scan_shard(path))
         self._tar, self._file, self._count = None, None, 0
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol, overload
 import numpy as np
 
 from unclip.data.embeddings import Embeddings
-from unclip.data.shards import write_atomic
+from unclip.drafts import write_atomic
 from unclip.errors import DataError
 
 CAPTIONS = "captions.json"

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from unclip.data.shards import write_atomic
+from unclip.drafts import write_atomic
 from unclip.errors import ConfigError, DataError
 
 BLOCK = 64  # rows; one number for all, since a sum's rounding depends on its batch

@@ -8,6 +8,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from unclip.drafts import replacing
+
 MARGIN, LINE = 6, 14
 
 
@@ -74,12 +76,8 @@ def draw_gallery(pictures: Sequence[tuple[str, np.ndarray]], per_row: int = 8, c
 def save_picture(picture: Image.Image, path: Path, info: PngInfo | None = None) -> None:
     """Write a PNG, with the text chunks of ``info``, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_suffix(".tmp")
-    try:
+    with replacing(path, durable=False) as draft:
         picture.save(draft, format="PNG", pnginfo=info)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def text_tile(text: str, size: int = 96) -> np.ndarray:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from unclip import artifact
+from unclip.drafts import complete_or_not
 from unclip.errors import ArtifactError, ConfigError
 from unclip.interop.diffusers_folder import DiffusersFolder, refuse_inexpressible
 from unclip.interop.diffusers_reference import Reference
-from unclip.interop.drafts import complete_or_not
 from unclip.models.interface import Interface
 
 log = logging.getLogger(__name__)

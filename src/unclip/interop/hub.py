@@ -15,8 +15,8 @@ from pathlib import Path
 
 from unclip import artifact
 from unclip.artifact import MANIFEST, Manifest, refuse_half, stages_of
+from unclip.drafts import complete_or_not
 from unclip.errors import ArtifactError, ConfigError
-from unclip.interop.drafts import complete_or_not
 from unclip.interop.model_card import Card, card_of
 
 PREFIX = "hf://"

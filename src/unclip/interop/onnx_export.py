@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from unclip import artifact
+from unclip.drafts import complete_or_not
 from unclip.errors import ArtifactError, ConfigError
-from unclip.interop.drafts import complete_or_not
 from unclip.interop.onnx_steps import Step, steps_of
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from unclip import artifact
+from unclip.drafts import complete_or_not
 from unclip.errors import ArtifactError
-from unclip.interop.drafts import complete_or_not
 from unclip.models.clip import CLIP
 from unclip.models.clip_sources import CONFIG_FILE, WEIGHTS
 

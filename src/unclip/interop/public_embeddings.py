@@ -2,8 +2,6 @@
 
 import hashlib
 import itertools
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from unclip.data.embeddings_writer import EmbeddingsWriter, Written
 from unclip.data.shards import IMAGE_TYPES, Shards
 from unclip.data.texts import CAPTIONS, StoredTexts, text_sha256, write_captions
 from unclip.data.transforms import load_image
+from unclip.drafts import complete_or_not
 from unclip.errors import ConfigError, DataError
 from unclip.interop.clip_retrieval import LayoutWriter, Part, blocks, parts_of, read_rows, texts_of, unit_norm
 from unclip.models.clip import CLIP
@@ -297,23 +296,19 @@ class ExportConfig:
 def export_embeddings(cfg: ExportConfig) -> int:
     """Write one split in clip-retrieval's layout, a part per shard; returns the number of rows.
 
-    Raises DataError where ``out`` is there already, and ConfigError for raw rows of embeddings that are unit-norm.
+    Raises ConfigError where ``out`` is there already, and for raw rows of embeddings that are unit-norm.
     """
     embeddings = Embeddings(cfg.folder, cfg.split)
     if cfg.raw and embeddings.normalised:
         raise ConfigError(
             f"{cfg.folder} holds unit-norm rows: CLIP's raw outputs cannot be had from them; leave out --raw"
         )
-    if cfg.out.exists():
-        raise DataError(f"{cfg.out} exists already; remove it or write to another folder")
     caption = _captions(embeddings, cfg)
-    draft = cfg.out.with_name(cfg.out.name + ".tmp")
-    shutil.rmtree(draft, ignore_errors=True)
     names = {"image_emb": "img_emb", "text_emb": "text_emb"}
     columns = [column for column in names if column in embeddings.columns]
-    writer = LayoutWriter(draft, cfg.kind, len(embeddings.names))
     keys, start = embeddings.keys, 0
-    try:
+    with complete_or_not(cfg.out) as draft:
+        writer = LayoutWriter(draft, cfg.kind, len(embeddings.names))
         for size in embeddings.shard_sizes:
             samples = range(start, start + size)
             stored = embeddings.rows(np.array(samples), columns)
@@ -323,9 +318,6 @@ def export_embeddings(cfg: ExportConfig) -> int:
             captions = None if caption is None else [caption(i) for i in samples]
             writer.write(rows, list(itertools.islice(keys, samples.start, samples.stop)), captions)
             start += size
-        os.replace(draft, cfg.out)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return start
 
 

@@ -235,8 +235,8 @@ class CLIP(nn.Module):
 
     def losses(self, batch: Batch, noise: Noise | None = None) -> dict[str, Tensor]:
         """The contrastive loss of this rank's pairs over the global batch; CLIP draws no noise."""
-        pairs, mine = of_all_ranks(*self.features(batch))
-        return self.contrast(*pairs, mine)
+        (image_emb, text_emb), mine = of_all_ranks(*self.features(batch))
+        return self.contrast(image_emb, text_emb, mine)
 
     def features(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit z_i and z_t (B, D), float32."""

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from unclip.drafts import replacing
+
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.3em .7em;text-align:right}
 td:first-child,th:first-child{text-align:left}img{max-width:100%;border:1px solid #ddd}svg{background:#fafafa;margin:.3em}
@@ -17,12 +19,8 @@ figcaption{color:#555}code{background:#f3f3f3;padding:0 .2em}pre{background:#f6f
 def write_page(path: Path, title: str, parts: Iterable[str]) -> None:
     """Write the page; a reader never sees half of it."""
     head = f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    draft = path.with_suffix(".html.tmp")
-    try:
+    with replacing(path, durable=False) as draft:
         draft.write_text(head + "\n".join(part for part in parts if part) + "\n", encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def heading(text: str, level: int = 2) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from unclip.data.shards import write_atomic
+from unclip.drafts import write_atomic
 from unclip.evaluation.probes import Share
 from unclip.evaluation.sheet import save_picture
 
