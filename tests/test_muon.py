@@ -2,16 +2,20 @@
 
 import copy
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 
 from unclip.config import OptimConfig
 from unclip.errors import ConfigError
 from unclip.models.clip import CLIP, CLIPConfig
-from unclip.muon import is_hidden_matrix, orthogonal
+from unclip.muon import _shares, is_hidden_matrix, orthogonal
 from unclip.optim import AdamWEMA, learning_rate, make_optimizer
 
 CFG = OptimConfig(lr=0.01, weight_decay=0.1, ema_decay=0.5, muon_lr=0.02)
@@ -77,12 +81,34 @@ def test_singular_values_become_about_one_and_directions_stay():
     matrices = torch.randn(3, 16, 40, generator=torch.manual_seed(0))
     for given in (matrices, matrices.mT):
         found = orthogonal(given)
+        found = found.float()
         values = torch.linalg.svdvals(found)
         assert found.shape == given.shape
         assert 0.6 < values.min() < values.max() < 1.3
         u, _, v = torch.linalg.svd(given, full_matrices=False)
         along = torch.einsum("nij,nik,nkj->nj", u, found, v.mT)
         assert_close(along, values.flip(-1).sort(-1).values.mean(-1, keepdim=True).expand_as(along), atol=0.35, rtol=0)
+
+
+def test_ranks_share_the_work_and_move_alike(tmp_path: Path):
+    """Three matrices over four ranks, of which one has nothing to do."""
+    alone = Net()
+    train(alone, made(alone), range(5))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4", __file__, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for rank in range(4):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert all(torch.equal(found[name], p) for name, p in alone.state_dict().items()), rank
+
+
+def test_each_matrix_is_one_ranks_and_the_loads_are_even():
+    matrices = [torch.empty(rows, 16) for rows in (16, 16, 16, 8, 8, 8, 8)]
+    assert _shares(matrices, 1) == [[0, 1, 2, 3, 4, 5, 6]]
+    shares = _shares(matrices, 2)
+    assert sorted(i for share in shares for i in share) == list(range(7))
+    loads = [sum(matrices[i].numel() * min(matrices[i].shape) for i in share) for share in shares]
+    assert loads == [16 * 16 * 16 * 2] * 2
 
 
 def test_what_muon_trains():
@@ -139,3 +165,11 @@ def test_a_loaded_state_goes_on_bit_for_bit():
 def test_a_negative_rate_is_refused():
     with pytest.raises(ConfigError, match="0 leaves all weights to AdamW"):
         OptimConfig(muon_lr=-0.1)
+
+
+if __name__ == "__main__":  # one rank of several
+    dist.init_process_group("gloo")
+    net = Net()
+    train(net, made(net), range(5))
+    torch.save(net.state_dict(), Path(sys.argv[1]) / f"{dist.get_rank()}.pt")
+    dist.destroy_process_group()
