@@ -10,7 +10,7 @@ import unclip
 ROOT = Path(unclip.__file__).parent
 # A module may import from its own layer and from those below it.
 LAYERS = [
-    {"diffusion", "nets", "errors", "drafts", "job_notes", "run_lock", "tensor_file", "muon"},
+    {"diffusion", "nets", "errors", "drafts", "job_notes", "run_lock", "tensor_file", "muon", "progress"},
     {"models", "config", "artifact", "ema"},
     {"data", "evaluation"},
     {"stages", "interop", "report"},

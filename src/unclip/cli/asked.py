@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from unclip.config import Precision
@@ -18,6 +16,7 @@ from unclip.loading import folders_of
 from unclip.models.decoder import Embedding
 from unclip.nets.layers import Cond
 from unclip.pipeline import UnCLIP
+from unclip.progress import track
 
 REAL = "real renders"
 ON, OFF = "prior's z_i and caption", "prior's z_i only"
@@ -75,9 +74,9 @@ class Asked:
         self, title: str, cond: Cond, pipeline: UnCLIP | None = None, how: Sampling | None = None
     ) -> list[np.ndarray]:
         """N pictures (S, S, 3) uint8; ``pipeline``: another chain of the same CLIP, ``title`` stands by the progress bar."""
-        chain, found, screen = pipeline or self.pipeline, [], Console(stderr=True)
+        chain, parts, found = pipeline or self.pipeline, list(self.parts()), []
         told = f"drawing {len(self.seeds)} pictures: {title}"
-        for r in track(list(self.parts()), told, console=screen, transient=True, disable=not screen.is_terminal):
+        for r in track(parts, told, len(parts)):
             pictures = chain.decode(cond.rows(r), [self.seeds[i] for i in r], how)
             found += list(pictures.permute(0, 2, 3, 1).numpy())
         return found

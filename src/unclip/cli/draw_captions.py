@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
 from unclip.batches import Batches, Meter
 from unclip.cli.options import Overrides
@@ -18,6 +17,7 @@ from unclip.evaluation.sheet import save_picture
 from unclip.evaluation.sources import Source, SourceConfig
 from unclip.jobs import Job
 from unclip.pipeline import UnCLIP
+from unclip.progress import track
 from unclip.recipe import text_chunks, to_image
 
 
@@ -100,7 +100,7 @@ class DrawnCaptions:
         pipeline = self._pipeline
         assert pipeline is not None
         mine = list(self._ranks.mine(len(self)))
-        for _, rows in track(mine, f"drawing {len(self)} captions", transient=True, disable=self._ranks.rank > 0):
+        for _, rows in track(mine, f"drawing {len(self)} captions", len(mine), silent=self._ranks.rank > 0):
             paths = [Path(self.where) / self.key(i) for i in rows]
             if all(path.exists() for path in paths):
                 continue

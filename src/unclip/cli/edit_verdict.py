@@ -11,7 +11,7 @@ import torch
 import typer
 
 from unclip.batches import Batches, Meter
-from unclip.cli.pictures import bar_of, ddim_sampling, parse_numbers
+from unclip.cli.pictures import ddim_sampling, parse_numbers, sampling_bar
 from unclip.data.shapes_caption import plain_phrase
 from unclip.data.shapes_render import render
 from unclip.data.shapes_scene import COLOURS, SOLIDS, Solid, single_scene
@@ -76,7 +76,7 @@ def judge_edits(
     how = invertible(pipeline, Sampling(decoder=ddim_sampling(pipeline, steps, guidance)))
     asked = cases(num, max(pipeline.clip_size, pipeline.size))
     pictures = torch.from_numpy(np.stack([case.picture for case in asked])).permute(0, 3, 1, 2).contiguous()
-    with bar_of(silent=True) as progress:
+    with sampling_bar() as progress:
         total = len(asked) * steps + len(asked) * len(shares) * pipeline.steps_of_all(how)
         batches = Batches(batch_size, Meter(progress, total))
         latents = find_latents(pipeline, pictures, None, how, batches, invert=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from unclip.cli.draw_captions import DrawnCaptions, DrawnConfig, captions_to_draw
@@ -31,6 +30,7 @@ from unclip.evaluation.pictures import (
 )
 from unclip.evaluation.sheet import draw_table, save_picture
 from unclip.evaluation.sources import Fit, Source, SourceConfig, caption_of, load_pictures, open_source, sides, whole
+from unclip.progress import track
 
 NEIGHBOURS = "neighbours.png"
 NETS = ("lite0", "clip", "dinov2", "inception")
@@ -280,7 +280,8 @@ class PictureEvaluation:
         return found
 
     def _mine(self, count: int, title: str) -> Iterable[tuple[int, range]]:
-        return track(list(self.ranks.mine(count)), title, transient=True, disable=self.ranks.rank > 0)
+        mine = list(self.ranks.mine(count))
+        return track(mine, title, len(mine), silent=self.ranks.rank > 0)
 
     def _store(self, name: str, side: str, count: int, *more: str) -> Blocks:
         if (name, side) not in self.stores:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from unclip.artifact import MANIFEST, WEIGHTS, Manifest, is_there, locate, read_manifest
@@ -18,6 +17,7 @@ from unclip.errors import ConfigError
 from unclip.evaluation.inspection import Inspection, inspect_embeddings, reconstruction_error
 from unclip.evaluation.metrics import effective_rank, num_components
 from unclip.interop.checkpoints import Description, describe
+from unclip.progress import counted
 
 NAMES = {"image_emb": "z_i", "text_emb": "z_t"}
 
@@ -111,10 +111,9 @@ def _inspect_embeddings(path: Path, out: Path | None, max_rows: int, console: Co
     )
     found: dict[str, Inspection] = {}
     total = sum(min(len(split), max_rows) for split in splits.values())
-    with Progress(console=Console(stderr=True), transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=total)
+    with counted(total, "reading") as advance:
         for name, split in splits.items():
-            found[name] = inspect_embeddings(split, max_rows, lambda count: bar.advance(task, count))
+            found[name] = inspect_embeddings(split, max_rows, advance)
     for name, inspection in found.items():
         if inspection.num_rows < inspection.total:
             console.print(f"{name}: {inspection.num_rows:,} of {inspection.total:,} rows were read, spread evenly.")

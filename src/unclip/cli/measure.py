@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import typer
-from rich.progress import track
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
@@ -23,6 +22,7 @@ from unclip.evaluation.metrics import kid, retrieval
 from unclip.evaluation.styles import StyleClassifier
 from unclip.models.sampling import DiffusionSampling
 from unclip.pipeline import UnCLIP
+from unclip.progress import track
 
 BLUR = 2.0  # sigma in pixels of the yardstick
 STYLED = 1600  # real training pictures for the style classifier
@@ -102,7 +102,8 @@ def draw(
     """
     clip_size = pipeline.models["clip"].image_size
     drawn = []
-    for start in track(range(0, len(samples), batch_size), f"drawing {len(samples)} captions", transient=True):
+    starts = range(0, len(samples), batch_size)
+    for start in track(starts, f"drawing {len(samples)} captions", len(starts)):
         part = samples[start : start + batch_size]
         seeds = [seed + start + i for i in range(len(part))]
         text = pipeline.embed_text([sample.caption for sample in part])

@@ -154,7 +154,7 @@ def write_drawn(request: Request, draw: Draw, *, per_row: int, invertible: bool 
     pipeline = load(request)
     how = sampling(request, pipeline, invertible)
     found, rows = [], []
-    with bar_of(request.as_json) as progress:
+    with sampling_bar() as progress:
         for i, picture in enumerate(draw(pipeline, how, progress)):
             path = request.out / f"{i:04d}-{_slug(picture.caption)}-{picture.seed}.png"
             save_picture(to_image(picture), path, text_chunks(picture))
@@ -173,9 +173,9 @@ def write_drawn(request: Request, draw: Draw, *, per_row: int, invertible: bool 
 
 
 @contextmanager
-def bar_of(silent: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on the terminal, fed by the yielded function; ``silent``: on standard error, away from JSON."""
-    with Progress(transient=True, console=Console(stderr=silent)) as bar:
+def sampling_bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, fed by the yielded function with the steps done and of how many."""
+    with Progress(transient=True, console=Console(stderr=True)) as bar:
         task = bar.add_task("sampling steps", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -221,7 +221,7 @@ def write_embeddings(request: Request, captions: list[str], num: int, negative: 
         if vars(request)[option] is not None:
             raise ConfigError(f"--{option.replace('_', '-')} is not for --stop-after prior, where only the prior runs")
     how = sampling(replace(request, stop_after=None), pipeline)
-    with bar_of(request.as_json) as progress:
+    with sampling_bar() as progress:
         z_i = pipeline.sample_embeddings(
             captions,
             num=num,
@@ -245,7 +245,7 @@ def repeat_picture(file: Path, runs: Path, out: Path, as_json: bool) -> None:
     """Draw the picture of a PNG again, in the precision that it was drawn in, and say how far the two differ."""
     picture = from_png(file)
     pipeline = UnCLIP.load(runs, precision=Precision[picture.precision])
-    with bar_of(as_json) as progress:
+    with sampling_bar() as progress:
         again = pipeline.repeat(picture, progress)
     save_picture(to_image(again), out, text_chunks(again))
     difference = int((again.image.int() - picture.image.int()).abs().max())

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import typer
-from rich.progress import track
 
 from unclip import artifact
 from unclip.artifact import Manifest
@@ -16,6 +15,7 @@ from unclip.data.datamodule import DataConfig, UnclipData
 from unclip.diffusion.noise import Noise
 from unclip.errors import ArtifactError, ConfigError
 from unclip.models.diffusion_prior import DiffusionPrior
+from unclip.progress import track
 
 
 def add_statistics(
@@ -56,6 +56,6 @@ def _data_config(run: Path, manifest: Manifest, data: Path | None, embeddings: P
 def _batches(source: UnclipData, num: int, seed: int, device: torch.device) -> Iterator[tuple[Batch, Noise]]:
     count = -(-num // source.batch_size)
     batches = itertools.islice(source.train_dataloader(), count)
-    for batch in track(batches, "all noise levels", total=count, transient=True):
+    for batch in track(batches, "all noise levels", count):
         batch = source.on_after_batch_transfer(batch.to(device), 0)
         yield batch, Noise.at(seed, batch.position, device).branch("prior-stats")

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from unclip.batches import Batches, Meter
-from unclip.cli.pictures import bar_of, ddim_sampling, read_lines, read_pictures
+from unclip.cli.pictures import ddim_sampling, read_lines, read_pictures, sampling_bar
 from unclip.data.embeddings import Embeddings
 from unclip.errors import ArtifactError, ConfigError
 from unclip.evaluation.sheet import draw_table, save_picture
@@ -45,7 +45,7 @@ def probe_components(
     how = invertible(pipeline, Sampling(decoder=ddim_sampling(pipeline, steps, guidance)))
     pca, unit = fit_components(embeddings, pipeline)
     counts = _counts(components, len(pca.eigenvalues))
-    with bar_of(as_json) as progress:
+    with sampling_bar() as progress:
         total = len(pictures) * (len(counts) + 1) * pipeline.steps_of_all(how)
         batches = Batches(batch_size, Meter(progress, total))
         z_i = find_latents(pipeline, pictures, None, how, batches, invert=False).image_emb
@@ -119,7 +119,7 @@ def probe_typography(
     shown += [(word, i, with_word(plain[i], word)) for i in range(len(plain)) for word in words]
     shown.sort(key=lambda entry: entry[1])
     pictures = torch.stack([picture for *_, picture in shown])
-    with bar_of(as_json) as progress:
+    with sampling_bar() as progress:
         total = len(pictures) * num * pipeline.steps_of_all(how)
         batches = Batches(batch_size, Meter(progress, total))
         z_i = find_latents(pipeline, pictures, None, how, batches, invert=False).image_emb

@@ -10,7 +10,7 @@ import typer
 from torch import Tensor
 
 from unclip.batches import Batches, Meter
-from unclip.cli.pictures import bar_of, ddim_sampling
+from unclip.cli.pictures import ddim_sampling, sampling_bar
 from unclip.data.shards import Shards
 from unclip.data.transforms import load_image
 from unclip.errors import ConfigError
@@ -43,7 +43,7 @@ def measure_reconstruction(
     found = {}
     samplings = [ddim_sampling(pipeline, count, guidance) for count in counts]
     hows = [invertible(pipeline, Sampling(decoder=one, last="decoder", refinements=refinements)) for one in samplings]
-    with bar_of(silent=True) as progress:
+    with sampling_bar() as progress:
         batches = Batches(batch_size, Meter(progress, (2 + refinements) * len(samples) * sum(counts)))
         for count, how in zip(counts, hows, strict=True):
             latents = find_latents(pipeline, pictures, texts, how, batches, invert=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unclip.batches import Batches, Meter, Progress
 from unclip.cli.asked import Asked, with_captions_decoder, with_text_embedding_decoder
-from unclip.cli.pictures import bar_of, ddim_sampling, parse_numbers
+from unclip.cli.pictures import ddim_sampling, parse_numbers, sampling_bar
 from unclip.cli.reconstruct import psnr
 from unclip.data.shards import Sample
 from unclip.errors import ConfigError, DataError
@@ -178,7 +178,7 @@ def sweep_eta(cfg: Sweep, subject: Subject) -> dict[str, Way]:
     upsamplers add noise of theirs whatever η is.
     """
     true, found = torch.from_numpy(np.stack(subject.real)), {}
-    with bar_of(silent=True) as progress:
+    with sampling_bar() as progress:
         inverted = _Inverted(subject, 3 * len(cfg.numbers), progress)
         for eta in cfg.numbers:
             jobs = [variation_jobs(inverted.latents, None, 1, cfg.seed + j, eta) for j in range(2)]
@@ -196,7 +196,7 @@ def sweep_theta(cfg: Sweep, subject: Subject) -> dict[str, Way]:
     assert text is not None
     difference = text_difference(text.roll(-1, dims=0), text)
     wanted, found = subject.asked.captions[1:] + subject.asked.captions[:1], {}
-    with bar_of(silent=True) as progress:
+    with sampling_bar() as progress:
         inverted = _Inverted(subject, len(cfg.numbers), progress)
         for theta in cfg.numbers:
             pictures = inverted.run(edit_jobs(inverted.latents, difference, wanted, [theta], cfg.seed))

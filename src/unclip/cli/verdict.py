@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 import typer
-from rich.progress import Progress
 
 from unclip.config import Precision
 from unclip.data.shards import Shards
@@ -17,6 +16,7 @@ from unclip.evaluation.probes import Verdict, judge, read_scenes
 from unclip.evaluation.sheet import draw_table, save_picture
 from unclip.nets.layers import Cond
 from unclip.pipeline import UnCLIP
+from unclip.progress import counted
 
 COLUMNS = {
     "on": "prior's z_i and caption",
@@ -39,15 +39,14 @@ def judge_runs(runs: Path, data_path: Path, out: Path, *, seed: int, batch_size:
     clip_size = pipeline.models["clip"].image_size
     true = torch.stack([load_image(s.image, clip_size) for s in samples])
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in COLUMNS}
-    with Progress(transient=True) as bar:
-        task = bar.add_task("verdict", total=len(samples) * len(COLUMNS))
+    with counted(len(samples) * len(COLUMNS), "verdict") as advance:
         for start in range(0, len(samples), batch_size):
             part = slice(start, start + batch_size)
             conds = _conditions(pipeline, [s.caption for s in samples[part]], true[part], seed)
             for name, cond in conds.items():
                 pictures = pipeline.decode(cond, [seed] * len(cond))
                 drawn[name] += list(pictures.permute(0, 2, 3, 1).numpy())
-                bar.advance(task, len(pictures))
+                advance(len(pictures))
     scenes = [s.meta for s in samples]
     result = {name: as_dict(judge(read_scenes(pictures), scenes)) for name, pictures in drawn.items()}
     out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import typer
-from rich.progress import track
 from torch import Tensor
 
 from unclip import artifact
@@ -15,6 +14,7 @@ from unclip.data.shards import Shards
 from unclip.data.transforms import load_image
 from unclip.errors import DataError
 from unclip.evaluation.zero_shot import TEMPLATES, class_embeddings, zero_shot
+from unclip.progress import track
 
 
 def write_accuracy(
@@ -46,7 +46,8 @@ def _batches(
     shards: Shards, names: list[str], label: str, size: int, batch_size: int
 ) -> Iterator[tuple[Tensor, list[int]]]:
     numbers = {name: i for i, name in enumerate(names)}
-    for start in track(range(0, len(shards), batch_size), "looking", transient=True):
+    starts = range(0, len(shards), batch_size)
+    for start in track(starts, "looking", len(starts)):
         samples = [shards.read(i) for i in range(start, min(start + batch_size, len(shards)))]
         labels = []
         for sample in samples:

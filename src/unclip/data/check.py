@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from unclip.data.folder import picture_check
 from unclip.data.shards import scan_shard, write_index
 from unclip.drafts import write_atomic
 from unclip.errors import DataError
+from unclip.progress import counted
 
 _log = logging.getLogger(__name__)
 
@@ -43,11 +42,9 @@ def check_data(folder: Path, *, min_size: int = 32) -> CheckReport:
     if not splits:
         raise DataError(f"{folder} holds no *.tar file, nor does any folder in it")
     report, first_of = CheckReport(), dict[str, str]()
-    with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        bar.disable = not bar.console.is_terminal
-        for split in splits:
-            paths = sorted(split.glob("*.tar"))
-            task = bar.add_task(f"checking {split.name}", total=len(paths))
+    tars = {split: sorted(split.glob("*.tar")) for split in splits}
+    with counted(sum(map(len, tars.values())), f"checking {folder}") as advance:
+        for split, paths in tars.items():
             entries, unread = [], []
             for path in paths:
                 bad: dict[str, str] = {}
@@ -57,7 +54,7 @@ def check_data(folder: Path, *, min_size: int = 32) -> CheckReport:
                     unread.append(path.name)
                     report.bad[str(path)] = _why_unread(error)
                 report.bad |= {f"{path}: {key}": reason for key, reason in bad.items()}
-                bar.advance(task)
+                advance(1)
             entries = [entry for entry in entries if entry["num_samples"]]
             report.samples[split.name] = sum(entry["num_samples"] for entry in entries)
             report.index[split.name] = _verify_or_write(split, entries, unread)

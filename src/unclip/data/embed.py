@@ -6,16 +6,13 @@ import itertools
 import logging
 import os
 import shutil
-import sys
-import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -34,6 +31,7 @@ from unclip.data.variants import Crops, Variants, captions_of
 from unclip.errors import ConfigError, DataError
 from unclip.models.clip import CLIP, Attention, Tokenizer
 from unclip.models.interface import Interface
+from unclip.progress import counted
 
 log = logging.getLogger(__name__)
 Columns = dict[str, np.ndarray]
@@ -180,7 +178,7 @@ def embed_with(clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:
     total = sum(len(job.samples) for job in todo)
     title = f"embedding {cfg.data}" + (f", part {part} of {parts}" if parts > 1 else "")
     with (
-        _progress(total, title) as advance,
+        counted(total, title) as advance,
         one_behind() as soon,
         contextlib.closing(_encoded(clip, todo, cfg, advance)) as found,
     ):
@@ -373,26 +371,3 @@ def _joined(parts: list[Columns]) -> Columns:
             before = [(0, 0)] * (states.ndim - 2)
             part["text_seq"] = np.pad(states, [*before, (0, longest - states.shape[-2]), (0, 0)])
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-@contextlib.contextmanager
-def _progress(total: int, title: str) -> Iterator[Callable[[int], None]]:
-    """A function that counts samples done: a bar with the time left on a terminal, log lines elsewhere."""
-    if sys.stderr.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TextColumn("left"), TimeRemainingColumn()) as bar:
-            task = bar.add_task(title, total=total)
-            yield lambda count: bar.advance(task, count)
-        return
-    start = last = time.monotonic()
-    done = 0
-
-    def advance(count: int) -> None:
-        nonlocal done, last
-        done += count
-        now = time.monotonic()
-        if now - last > 30 or done == total:
-            log.info("%s: %d of %d, %.0f s left", title, done, total, (now - start) * (total - done) / done)
-            last = now
-
-    yield advance

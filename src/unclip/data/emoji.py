@@ -10,7 +10,6 @@ import logging
 import multiprocessing
 import os
 import shutil
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unclip.data.emoji_captions import caption, phrase
 from unclip.data.emoji_fetch import cache_dir, fetch
@@ -34,6 +32,7 @@ from unclip.data.shards import ShardWriter
 from unclip.data.write_lock import WriteLock
 from unclip.drafts import write_atomic
 from unclip.errors import ConfigError, DataError
+from unclip.progress import track
 
 _log = logging.getLogger(__name__)
 _RECIPE = 2  # rises when the same arguments would give other pictures, captions or splits
@@ -229,16 +228,6 @@ def _workers(count: int) -> Iterator[ProcessPoolExecutor | None]:
 
 
 def _map(work: Callable[[_T], _R], items: list[_T], pool: ProcessPoolExecutor | None, what: str) -> Iterator[_R]:
-    """`work` on each item, in order, with a progress bar on a terminal and a log line each ten seconds elsewhere."""
+    """`work` on each item, in order."""
     results = map(work, items) if pool is None else pool.map(work, items, chunksize=_CHUNK)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        progress.disable = not progress.console.is_terminal
-        task = progress.add_task(what, total=len(items))
-        said = time.monotonic()
-        for done, result in enumerate(results, 1):
-            yield result
-            progress.advance(task)
-            if progress.disable and time.monotonic() - said > 10:
-                said = time.monotonic()
-                _log.info("%s: %d of %d", what, done, len(items))
+    return track(results, what, len(items))

@@ -7,7 +7,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
-from rich.progress import track
 from torch import Tensor
 
 from unclip import artifact
@@ -18,6 +17,7 @@ from unclip.diffusion.noise import Noise
 from unclip.errors import ArtifactError, ConfigError
 from unclip.evaluation.metrics import retrieval
 from unclip.evaluation.rows import Rows
+from unclip.progress import track
 
 
 @runtime_checkable
@@ -184,7 +184,7 @@ def evaluate_prior(cfg: PriorEvaluateConfig) -> dict[str, Any]:
     batches: Any = data.val_dataloader()
     count = 0
     with torch.autocast(device.type, torch.bfloat16, enabled=cfg.precision is Precision.bf16):
-        for batch in track(batches, f"evaluating {cfg.prior}", batches.dataset.stop, transient=True):
+        for batch in track(batches, f"evaluating {cfg.prior}", batches.dataset.stop):
             evaluation.add(data.on_after_batch_transfer(batch.to(device), 0))
             count += len(batch)
     return {

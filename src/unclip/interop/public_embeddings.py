@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from unclip import artifact
 from unclip.data.embeddings import Embeddings
@@ -22,6 +21,7 @@ from unclip.errors import ConfigError, DataError
 from unclip.interop.clip_retrieval import LayoutWriter, Part, blocks, parts_of, read_rows, texts_of, unit_norm
 from unclip.models.clip import CLIP
 from unclip.models.interface import Interface
+from unclip.progress import counted
 
 SHARD_ROWS = 10_000  # of an imported shard: its captions are read as a whole
 NUM_PICTURES = 32  # that are encoded again
@@ -193,10 +193,7 @@ def _write(parts: list[Part], clip: CLIP, interface: Interface, found: Found, cf
     written = {split: Written(cfg.out / split, [], [], "", "") for split in splits}
     texts: dict[str, list[str]] = {split: [] for split in splits}
     data: dict[str, list[str]] = {split: [] for split in splits}
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar.disable = not bar.console.is_terminal
-    with bar:
-        task = bar.add_task("importing rows", total=found.num_rows)
+    with counted(found.num_rows, "importing rows") as advance:
         for part in parts:
             image, text = read_rows(part.image), read_rows(part.text) if part.text else None
             keys, captions = texts_of(part, len(image))
@@ -211,7 +208,7 @@ def _write(parts: list[Part], clip: CLIP, interface: Interface, found: Found, cf
                     written[split].names.append(shard.name)
                     written[split].shard_sizes.append(len(rows))
                     texts[split].append(text_sha256(*shard.texts()))
-                bar.advance(task, block.stop - block.start)
+                advance(block.stop - block.start)
     if not written["train"].names:
         raise DataError(f"all {found.num_rows} rows of {cfg.src} fall into val; lower --val")
     for split, rows in written.items():
