@@ -44,7 +44,7 @@ def test_replaced_samples_are_counted_over_resumptions(root: Path) -> None:
 
 def test_too_many_replaced_samples_stop_the_run_with_their_keys(root: Path) -> None:
     said = run_command(*arguments("stopped", "data.max_corrupt=0.001"), cwd=root, code=1)
-    assert "2 of 32 samples read from data are damaged, more than data.max_corrupt=0.001 allows" in said
+    assert "2 of 32 samples read from data are damaged or too small, more than data.max_corrupt=0.001 allows" in said
     assert "the last ones: k3, k3. `unclip data check` finds all of them" in said
     with pytest.raises(ConfigError, match=r"data\.max_corrupt=1\.5 is a share, from 0 to 1"):
         DataConfig(max_corrupt=1.5)

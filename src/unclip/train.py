@@ -3,7 +3,7 @@
 import logging
 import os
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,9 @@ def train(cfg: TrainConfig) -> Path:
 
 def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, UnclipData]:
     model_cfg = _model_config(cfg)
-    data = UnclipData(cfg.data, cfg.seed, cfg.trainer.batch_size, needs=model_cfg.columns, raw=model_cfg.is_raw)
+    draws = isinstance(model_cfg, (DecoderConfig, UpsamplerConfig))
+    place = cfg.data.for_drawing(model_cfg.image_size) if draws else cfg.data
+    data = UnclipData(place, cfg.seed, cfg.trainer.batch_size, needs=model_cfg.columns, raw=model_cfg.is_raw)
     data.parts = cfg.trainer.accumulate
     if isinstance(model_cfg, UpsamplerConfig) and model_cfg.bsr is not Bsr.none:
         data.degrade = Degrade(model_cfg.bsr, model_cfg.image_size, model_cfg.low_size, cfg.seed)
@@ -208,6 +210,7 @@ def _model_and_data(cfg: TrainConfig, kind: str, fresh: bool) -> tuple[Any, Uncl
     model = build(model_cfg, data.interface)
     if kind == "clip":
         data.tokenize = model.tokenize
+        data.cfg = replace(data.cfg, image_size=data.cfg.image_size or model.image_size)
     if fresh and isinstance(cfg, TunableTrainConfig) and cfg.init is not None:
         start_from(cfg.init, model, kind, data.interface, Path(cfg.run))
     elif fresh:

@@ -10,10 +10,11 @@ import torch
 from picture_sets import write_tar
 from PIL import Image
 
-from unclip.data.datamodule import DataConfig, Split
 from unclip.data.embed import EmbedConfig, embed_with
 from unclip.data.embeddings import Embeddings
+from unclip.data.settings import DataConfig
 from unclip.data.shards import Shards, ShardWriter, build_index
+from unclip.data.split import Split
 from unclip.data.texts import text_sha256
 from unclip.data.transforms import load_image
 from unclip.data.variants import Crops, Variants, captions_of, picked

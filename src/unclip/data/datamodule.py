@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -12,104 +12,27 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from unclip import artifact
 from unclip.data.ahead import PREFETCH, Batches, only_from_above
 from unclip.data.batch import Batch
-from unclip.data.embeddings import Embeddings, lengths
+from unclip.data.embeddings import Embeddings
 from unclip.data.mixture import Mixture
 from unclip.data.order import Order, share
-from unclip.data.pictures import Pictures
 from unclip.data.places import is_remote, is_stream_only
 from unclip.data.remote import MissingError
 from unclip.data.settings import DataConfig, TextStates
-from unclip.data.shards import Shards
+from unclip.data.split import Split, Tokenize, trimmed
 from unclip.data.stream import Decode, Decoded, DecodeItem, Encoded, Stream, taken
-from unclip.data.texts import Lookup, Samples, StoredTexts
-from unclip.data.variants import ONE, captions_of, picked
 from unclip.errors import ConfigError, DataError
 from unclip.models.clip import CLIP
 from unclip.models.interface import Interface
 
 log = logging.getLogger(__name__)
 COLUMNS = ("image", "tokens", "image_emb", "text_emb", "text_seq")
+SHEET_SIZE = 64  # pixels of what a stage shows that does not train on pictures
 FEWEST_READ = 1000  # samples, before which a few damaged ones are no share yet
-Tokenize = Callable[[list[str]], Tensor]
-
-
-class Split:
-    """One split, able to make the batch of any samples. ``needs`` names the columns of :class:`Batch` to fill.
-
-    Tokens come from the embeddings, or from ``tokenize``.
-    """
-
-    def __init__(self, cfg: DataConfig, split: str, needs: Collection[str], tokenize: Tokenize | None) -> None:
-        self.embeddings = Embeddings(cfg.embeddings, split) if cfg.embeddings else None
-        self.needs, self.tokenize = tuple(needs), tokenize
-        self.shards, self.pictures = self._samples(cfg, split)
-        self._stored = self._stored_columns()
-        self._tokens: dict[int, Tensor] | None = {} if cfg.cache else None
-
-    def _samples(self, cfg: DataConfig, split: str) -> tuple[Samples, Pictures | None]:
-        """Keys and captions, and the pictures where the stage needs them."""
-        if not cfg.path and self.embeddings is not None:
-            return StoredTexts(self.embeddings), None
-        shards = Shards(cfg.place(split), cfg.remote)
-        if self.embeddings is not None:
-            self.embeddings.check_belongs_to(shards)
-        return shards, Pictures(shards, cfg.image_size, cfg.cache) if "image" in self.needs else None
-
-    def batch(self, indices: np.ndarray, positions: Sequence[int]) -> Batch:
-        """The samples ``indices`` as a batch; only what the stage needs is read."""
-        batch = Batch(position=list(positions))
-        if self.pictures is not None:
-            batch.image, used = self.pictures.batch(indices)
-            batch.replaced = ["" if i == j else self.shards.keys[int(i)] for i, j in zip(indices, used, strict=True)]
-            indices = used
-        batch.key, batch.caption = Lookup(self.shards.keys.__getitem__, indices), Lookup(self.shards.caption, indices)
-        if self.embeddings is not None and self._stored:
-            rows = self.embeddings.all_variants(indices, self._stored)
-            if (variants := self.embeddings.variants) != ONE:
-                assert isinstance(self.shards, Shards)  # imported embeddings have one caption and one crop
-                rows, chosen = picked(rows, variants, positions, central=self.pictures is not None)
-                every = [captions_of(self.shards, i, variants.captions) for i in indices.tolist()]
-                batch.caption = [captions[k] for captions, k in zip(every, chosen, strict=True)]
-            length = int(lengths(rows["tokens"]).max()) if "tokens" in rows else None
-            for column, values in rows.items():
-                cut = values[:, :length] if column in ("tokens", "text_seq") else values
-                setattr(batch, column, torch.from_numpy(np.ascontiguousarray(cut)))
-        elif "tokens" in self.needs:
-            batch.tokens = trim(self._tokenized(indices.tolist(), list(batch.caption)))
-        return batch
-
-    def _tokenized(self, samples: list[int], captions: list[str]) -> Tensor:
-        assert self.tokenize is not None
-        if self._tokens is None:
-            return self.tokenize(captions)
-        new = {i: caption for i, caption in zip(samples, captions, strict=True) if i not in self._tokens}
-        if new:
-            self._tokens.update(zip(new, self.tokenize(list(new.values())), strict=True))
-        return torch.stack([self._tokens[i] for i in samples])
-
-    def _stored_columns(self) -> list[str]:
-        """The columns to take from the embeddings; ConfigError where a needed one has no source."""
-        wanted = [column for column in self.needs if column != "image"]
-        if self.embeddings is None:
-            have = {"text_seq"} if self.tokenize is None else {"text_seq", "tokens"}
-            missing = ", ".join(column for column in wanted if column not in have)
-            if missing:
-                raise ConfigError(f"this stage needs {missing}; run unclip-embed and set data.embeddings to its folder")
-            return []
-        has = self.embeddings.columns
-        missing = [column for column in wanted if column not in has]
-        if missing:
-            live = ", or take data.text_states=live data.clip=CLIP" if missing == ["text_seq"] else ""
-            raise ConfigError(
-                f"{self.embeddings.folder} lacks the columns {missing}; embed again with columns=[…]{live}"
-            )
-        return wanted
 
 
 class UnclipData(pl.LightningDataModule):
@@ -145,6 +68,7 @@ class UnclipData(pl.LightningDataModule):
         self.parts = 1  # in which training computes a batch
         self._start = 0
         self._splits: dict[str, Split] = {}
+        self._sheets: dict[int, Batch] = {}
         self._others: dict[str, Split] = {}
         self.embeddings = Embeddings(cfg.embeddings, cfg.train_split) if cfg.embeddings else None
         self._raw = raw
@@ -266,7 +190,7 @@ class UnclipData(pl.LightningDataModule):
         self._damaged = (self._damaged + found)[-5:]
         if found and self.num_replaced > self.cfg.max_corrupt * max(self.num_read, FEWEST_READ):
             raise DataError(
-                f"{self.num_replaced} of {self.num_read} samples read from {self.cfg.path} are damaged, more than "
+                f"{self.num_replaced} of {self.num_read} samples read from {self.cfg.path} are damaged or too small, more than "
                 f"data.max_corrupt={self.cfg.max_corrupt:g} allows (of at least {FEWEST_READ}); the last ones: "
                 f"{', '.join(self._damaged)}. `unclip data check` finds all of them and writes an index without them"
             )
@@ -328,11 +252,17 @@ class UnclipData(pl.LightningDataModule):
 
     def sheet_batch(self, count: int) -> Batch:
         """The first samples of the validation split (else of the training split), with their pictures if there are any."""
+        if count not in self._sheets:
+            self._sheets[count] = self._sheet_batch(count)
+        return self._sheets[count]
+
+    def _sheet_batch(self, count: int) -> Batch:
         name = self.cfg.val_split or self.cfg.train_split
         if name == self.cfg.train_split and self.streamed is not None:
             stream = Stream(self.streamed, self.cfg.retry_seconds, self.seed)
             return self._decode(pictures=True)(next(taken(stream, count, 0)), range(count))
-        split = Split(replace(self.cfg, cache=False), name, {*self.needs, "image"}, self.tokenize)
+        cfg = replace(self.cfg, cache=False, image_size=self.cfg.image_size or SHEET_SIZE)
+        split = Split(cfg, name, {*self.needs, "image"}, self.tokenize)
         samples = np.arange(min(count, len(split.shards)))
         return self.on_after_batch_transfer(split.batch(samples, samples.tolist()).to("cpu"), 0)
 
@@ -346,8 +276,8 @@ class UnclipData(pl.LightningDataModule):
         return self._loader(DecodeItem(decode), sampler=encoded)
 
     def _decode(self, pictures: bool) -> Decode:
-        tokenize = partial(_trimmed, self.tokenize) if self.tokenize and "tokens" in self.needs else None
-        return Decode(str(self.cfg.path), pictures, self.cfg.image_size, tokenize)
+        tokenize = partial(trimmed, self.tokenize) if self.tokenize and "tokens" in self.needs else None
+        return Decode(str(self.cfg.path), pictures, self.cfg.image_size, tokenize, self.cfg.enlarges)
 
     def _degraded(self, make: Callable[..., Batch]) -> Callable[..., Batch]:
         return make if self.degrade is None else partial(_then, make, self.degrade)
@@ -387,12 +317,3 @@ def _train_batch(
 
 def _val_batch(split: Split, samples: list[np.ndarray], step: int) -> Batch:
     return split.batch(samples[step], samples[step].tolist())
-
-
-def trim(tokens: Tensor) -> Tensor:
-    """Token ids (B, context_length) cut to the longest caption, int64."""
-    return tokens[:, : int(tokens.argmax(dim=1).max()) + 1].long()
-
-
-def _trimmed(tokenize: Tokenize, captions: list[str]) -> Tensor:
-    return trim(tokenize(captions))

@@ -21,12 +21,12 @@ from unclip import artifact
 from unclip.config import Precision
 from unclip.data.ahead import PREFETCH, Batches, only_from_above
 from unclip.data.batch import Batch
-from unclip.data.datamodule import trim
 from unclip.data.embeddings import COLUMNS, EMPTY_CAPTION, lengths
 from unclip.data.embeddings_writer import EmbeddingsWriter
 from unclip.data.parallel import in_order, num_cores, one_behind
 from unclip.data.remote import RemoteConfig, is_url
 from unclip.data.shards import Shards
+from unclip.data.split import trim
 from unclip.data.variants import Crops, Variants, captions_of
 from unclip.errors import ConfigError, DataError
 from unclip.models.clip import CLIP, Attention, Tokenizer

@@ -20,11 +20,12 @@ class Pictures:
     """Reads and decodes samples of ``shards``, ``size`` pixels square (None: as they are, all alike).
 
     With ``cache``, every picture is decoded once and then kept (N · 3 · size² bytes, shared with forked workers). A
-    damaged picture is replaced by the next good sample of its shard, counted in ``num_replaced`` and logged once.
+    damaged picture is replaced by the next good sample of its shard, counted in ``num_replaced`` and logged once; so is,
+    without ``enlarge``, a smaller one.
     """
 
-    def __init__(self, shards: Shards, size: int | None, cache: bool = False) -> None:
-        self.shards, self.size = shards, size
+    def __init__(self, shards: Shards, size: int | None, cache: bool = False, enlarge: bool = True) -> None:
+        self.shards, self.size, self.enlarge = shards, size, enlarge
         self.num_replaced = 0
         self._instead: dict[int, int] = {}
         self._wants_cache = cache
@@ -81,7 +82,7 @@ class Pictures:
             sample = start + (wanted - start + step) % count
             content = self.shards.image(sample)
             try:
-                picture = load_pixels(content, self.size)
+                picture = load_pixels(content, self.size, self.enlarge)
             except DataError as error:
                 if step == 0 and wanted not in self._instead:
                     log.warning("%s: %s; taking the next sample instead", self.shards.keys[wanted], error)

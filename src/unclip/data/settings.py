@@ -1,6 +1,6 @@
 """The settings of a run's data."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from unclip.config import FREE
@@ -34,10 +34,12 @@ class DataConfig:
     ``others`` are further data sets to train on, each sample drawn from one of them with a probability in proportion
     to ``weight`` (of the first) and theirs; validation and statistics are those of the first.
 
-    ``image_size``: pixels of the square that a stage trains on (null: pictures as they are). ``cache`` keeps decoded
-    pictures in memory. ``num_workers`` 0 prepares batches in a thread, which is best on few cores. ``max_val`` samples
-    of validation, spread evenly over the split; ``val_split`` null switches validation off. ``neighbours`` samples that
-    stand side by side in a shard stay together in the shuffle: hard negatives for CLIP where the data is written so.
+    ``image_size``: pixels of the square that a stage trains on (null: the model's). ``enlarge``: whether smaller pictures
+    are enlarged, or left out as damaged ones are (null: enlarged for CLIP, left out where drawing is learnt). ``cache``
+    keeps decoded pictures in memory. ``num_workers`` 0 prepares batches in a thread, which is best on few cores.
+    ``max_val`` samples of validation, spread evenly over the split; ``val_split`` null switches validation off.
+    ``neighbours`` samples that stand side by side in a shard stay together in the shuffle: hard negatives for CLIP where
+    the data is written so.
     ``text_states`` live takes the CLIP run or artifact ``clip``, which must be the one behind the embeddings.
 
     ``path`` may lie behind an URL (s3://, http://), and may name the shards of the training split themselves, by braces
@@ -52,6 +54,7 @@ class DataConfig:
     weight: float = 1.0
     others: list[SourceConfig] = field(default_factory=list)
     image_size: int | None = None
+    enlarge: bool | None = None
     text_states: TextStates = TextStates.stored
     clip: str | None = None
     train_split: str = "train"
@@ -94,6 +97,14 @@ class DataConfig:
     def weights(self) -> list[float]:
         """Of the first data set and of the others."""
         return [self.weight, *(other.weight for other in self.others)]
+
+    @property
+    def enlarges(self) -> bool:
+        return self.enlarge is not False
+
+    def for_drawing(self, size: int) -> "DataConfig":
+        """Of a stage that learns to draw pictures of ``size`` pixels: with what was left to the stage."""
+        return replace(self, image_size=self.image_size or size, enlarge=bool(self.enlarge))
 
     @property
     def remote(self) -> RemoteConfig:

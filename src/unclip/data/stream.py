@@ -179,6 +179,7 @@ class Decode:
     pictures: bool
     size: int | None
     tokenize: Callable[[list[str]], Tensor] | None
+    enlarge: bool = True
 
     def __call__(self, samples: list[Sample], positions: Sequence[int]) -> Batch:
         batch = Batch(position=list(positions))
@@ -194,7 +195,7 @@ class Decode:
         found: dict[int, np.ndarray] = {}
         for place, sample in enumerate(samples):
             try:
-                found[place] = load_pixels(sample.image, self.size)
+                found[place] = load_pixels(sample.image, self.size, self.enlarge)
             except DataError as error:
                 log.warning("%s: %s; taking the next sample of its batch instead", sample.key, error)
         if not found:

@@ -40,18 +40,18 @@ def load_image(content: bytes, size: int | None = None) -> Tensor:
     return torch.from_numpy(load_pixels(content, size)).permute(2, 0, 1).contiguous()
 
 
-def load_pixels(content: bytes, size: int | None = None) -> np.ndarray:
+def load_pixels(content: bytes, size: int | None = None, enlarge: bool = True) -> np.ndarray:
     """Decode a png, jpg or webp file to (H, W, 3) uint8 RGB; with ``size``, cut to a size x size square.
 
     Transparency is laid on white, the camera's orientation is applied; grey, palette, CMYK and 16-bit pictures become
     RGB, an animation gives its first picture. Raises DataError when the file is damaged, of another format or holds
-    more than MAX_PIXELS.
+    more than MAX_PIXELS, and without ``enlarge`` when its shorter side is below ``size``.
     """
     pixels = _plain_jpeg(content, size)
     if pixels is not None:
         if size is None or pixels.shape[:2] == (size, size):
             return pixels
-        return np.asarray(square(Image.fromarray(pixels), size))
+        return np.asarray(square(Image.fromarray(pixels), size, enlarge))
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
@@ -66,7 +66,7 @@ def load_pixels(content: bytes, size: int | None = None) -> np.ndarray:
         raise DataError("the picture cannot be decoded (it is no png, jpg or webp)") from error
     except _DAMAGE as error:
         raise DataError(f"the picture cannot be decoded ({error})") from error
-    return np.array(picture if size is None else square(picture, size))
+    return np.array(picture if size is None else square(picture, size, enlarge))
 
 
 def _plain_jpeg(content: bytes, size: int | None) -> np.ndarray | None:
@@ -101,9 +101,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def square(image: Image.Image, size: int) -> Image.Image:
-    """The central square, resized to ``size`` pixels a side (bicubic, antialiased)."""
+def square(image: Image.Image, size: int, enlarge: bool = True) -> Image.Image:
+    """The central square, resized to ``size`` pixels a side (bicubic, antialiased); DataError if it may not be enlarged."""
     side = min(image.size)
+    if side < size and not enlarge:
+        raise DataError(
+            f"the picture has {image.width}x{image.height} pixels, too few for a square of {size}: leave such pictures out "
+            "(unclip data folder --min-size), or take them enlarged with data.enlarge=true"
+        )
     left, top = ((length - side) // 2 for length in image.size)
     box = (left, top, left + side, top + side)
     if side == size:
