@@ -1,10 +1,14 @@
+import errno
 import json
+import os
 import pickle
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from unclip.data import embeddings as module
 from unclip.data.embeddings import Embeddings, lengths
 from unclip.data.embeddings_writer import EmbeddingsWriter, Moments
 from unclip.data.shards import Shards
@@ -125,14 +129,51 @@ def test_unfinished_and_damaged_folders_are_refused(tmp_path: Path, data: Path) 
         embeddings.rows(np.array([7]), ["image_emb"])
 
 
+def test_many_shards_keep_few_files_open(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A descriptor for every shard and column would meet the usual limit of 1,024."""
+    write(tmp_path, Shards(data / "train"))
+    monkeypatch.setattr(module, "_MOST_OPEN", 2)
+    embeddings, before = Embeddings(tmp_path, "train"), len(os.listdir("/proc/self/fd"))
+    found = embeddings.rows(np.arange(20), COLUMNS)
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    again = embeddings.rows(np.arange(20), COLUMNS)
+    assert all(np.array_equal(found[column], again[column]) for column in COLUMNS)
+
+
+def test_a_limit_of_open_files_is_not_called_damage(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, Shards(data / "train"))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    embeddings = Embeddings(tmp_path, "train")
+    monkeypatch.setattr(np, "load", full)
+    with pytest.raises(DataError, match=r"Too many open files\): raise the limit, as ulimit -n 65536"):
+        embeddings.rows(np.array([0]), ["image_emb"])
+
+
+def test_a_draft_of_a_killed_process_of_the_same_number_is_no_obstacle(tmp_path: Path, data: Path) -> None:
+    """As in a container, whose command has the same number at every start."""
+    shards = Shards(data / "train")
+    (tmp_path / "train" / f"00000.{socket.gethostname()}-{os.getpid()}.tmp").mkdir(parents=True)
+    write(tmp_path, shards)
+    assert len(Embeddings(tmp_path, "train")) == 20
+
+
 def test_changed_data_replaces_its_shards(tmp_path: Path, data: Path, larger: Path) -> None:
     write(tmp_path, Shards(data / "train"))
     writer = EmbeddingsWriter(tmp_path, "train", CLIP, COLUMNS, "float32")
     old, new = Shards(data / "train"), Shards(larger / "train")
-    assert writer.done("00000", old.sha256[0])
-    assert not writer.done("00000", new.sha256[0])
+    keys = old.keys[:6]
+    assert writer.done("00000", old.sha256[0], keys)
+    assert not writer.done("00000", old.sha256[0], keys[:5]), "another index of the same tar leaves one out"
+    assert not writer.done("00000", old.sha256[0], [*keys[:5], "other"]), "and takes another in"
+    assert not writer.done("00000", new.sha256[0], keys)
     writer.write("00000", new.sha256[0], new.keys[:6], rows_of(6, 77, 4))
-    assert writer.done("00000", new.sha256[0])
+    assert writer.done("00000", new.sha256[0], new.keys[:6])
+    assert sorted(path.name for path in (tmp_path / "train").iterdir()) == ["00000", "00001", "00002", "00003"]
     with pytest.raises(DataError, match="run unclip-embed"):
         Embeddings(tmp_path, "train")
     with pytest.raises(ValueError, match="of other lengths"):

@@ -51,10 +51,24 @@ def test_pictures_and_captions_come_through_unchanged(pictures: Path, tmp_path: 
     assert len(found) == 14
     assert found["sub/a.jpg"] == "a cat on a mat"
     assert found["b.webp"] == "ein Käse"
+    splits = [Shards(tmp_path / "out" / split) for split in ("train", "val")]
+    several = [shards.meta(i).get("captions") for shards in splits for i in range(len(shards))]
+    assert [captions for captions in several if captions] == [["a cat", "on a mat"]], "lines are several captions too"
     for split in ("train", "val"):
         shards = Shards(tmp_path / "out" / split)
         for i in range(len(shards)):
             assert shards.image(i) == (pictures / shards.meta(i)["path"]).read_bytes()
+
+
+def test_links_are_followed_and_broken_ones_named(pictures: Path, tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere", "far.png", noise(70), "far away")
+    (pictures / "linked").symlink_to(tmp_path / "elsewhere")
+    (pictures / "linked" / "back").symlink_to(pictures)
+    (pictures / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    report = write_folder(pictures, tmp_path / "out")
+    assert report.refused == {"gone.png": "unreadable: No such file or directory"}
+    assert everything(tmp_path / "out")["linked/far.png"] == "far away"
+    assert len(everything(tmp_path / "out")) == 13
 
 
 def test_every_refusal_is_reported_with_its_reason(pictures: Path, tmp_path: Path, monkeypatch) -> None:

@@ -100,6 +100,9 @@ def test_damaged_pictures_of_a_stream_are_replaced_and_members_alone_left_out(
             if info.name == "train5.txt":
                 content = "Käse".encode("latin-1")
                 info.size = len(content)
+            if info.name == "train3.txt":
+                content = b" \n"
+                info.size = len(content)
             if info.name != "train4.txt" and not info.name.endswith(".json"):
                 target.addfile(info, io.BytesIO(content))
     assert good
@@ -109,5 +112,6 @@ def test_damaged_pictures_of_a_stream_are_replaced_and_members_alone_left_out(
     assert "a.tar: train5 has no caption (UnicodeDecodeError('utf-8'" in caplog.text
     assert "train2" not in batch.key
     assert "train2" in batch.replaced
-    assert set(batch.key) <= {f"train{i}" for i in (0, 1, 3)}
+    assert "train3 has no caption (ValueError('an empty one'))" in caplog.text
+    assert set(batch.key) <= {f"train{i}" for i in (0, 1)}
     assert batch.column("image").shape == (8, 3, 16, 16)

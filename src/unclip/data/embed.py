@@ -159,7 +159,8 @@ class _Job:
         return Path(self.shards.names[self.shard]).stem
 
     def done(self) -> bool:
-        return self.writer.done(self.stem, self.shards.sha256[self.shard])
+        keys = self.shards.keys[self.samples.start : self.samples.stop]
+        return self.writer.done(self.stem, self.shards.sha256[self.shard], keys)
 
 
 def embed_with(clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:

@@ -10,6 +10,7 @@ end-of-text token; ``text_seq`` (n, L, W) float16, optional, L being the longest
 or captions a picture they gain a dimension after n, see :mod:`unclip.data.variants`.
 """
 
+import errno
 import json
 import os
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ VERSION = 1
 COLUMNS = ("image_emb", "text_emb", "tokens", "text_seq")
 EMPTY_CAPTION = "empty_caption.safetensors"
 _MANY = 1024  # rows from which on the columns of a batch are copied side by side
+_MOST_OPEN = 128  # mapped files, of each process
 
 
 class Embeddings:
@@ -179,8 +181,8 @@ class Embeddings:
         if column == "text_seq" or not len(local) or not joined.supported():
             return self._gather(column, shards, local)
         if column not in self._joined:
-            first = self._mapped(int(shards[0]), column)
-            opener = partial(self._memmap, column)
+            first = self._load(int(shards[0]), column)
+            opener = partial(self._load, column=column)
             self._joined[column] = joined.Joined(self.shard_sizes, first.shape[1:], first.dtype, opener)
         return self._joined[column].take(shards, local)
 
@@ -195,28 +197,37 @@ class Embeddings:
             rows[(places, *(slice(size) for size in source.shape[1:]))] = np.take(source, local[places], axis=0)
         return rows
 
-    def _memmap(self, column: str, shard: int) -> np.memmap:
-        return self._mapped(shard, column)
-
     def _mapped(self, shard: int, column: str) -> np.memmap:
-        if (shard, column) not in self._open:
-            path = self.split_dir / self.names[shard] / f"{column}.npy"
-            try:
-                mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (OSError, ValueError) as error:
-                raise DataError(
-                    f"{path} is missing or damaged ({error}); remove its folder and run unclip-embed"
-                ) from error
-            if len(mapped) != self._starts[shard + 1] - self._starts[shard]:
-                raise DataError(f"{path} has {len(mapped)} rows; its index says otherwise. Remove it, run unclip-embed")
-            wanted = self.manifest["embed_dim"]
-            if column in ("image_emb", "text_emb") and mapped.shape[-1] != wanted:
-                raise DataError(
-                    f"{path} has rows of shape {mapped.shape[1:]}, the manifest says {wanted} numbers: two CLIPs in one "
-                    "folder? Remove it and run unclip-embed"
-                )
+        """:meth:`_load`, of the files used first kept no longer than others are: each holds a file descriptor."""
+        mapped = self._open.get((shard, column))
+        if mapped is None:
+            mapped = self._load(shard, column)
             self._open[shard, column] = mapped
-        return self._open[shard, column]
+            for old in list(self._open)[:-_MOST_OPEN]:
+                self._open.pop(old, None)
+        return mapped
+
+    def _load(self, shard: int, column: str) -> np.memmap:
+        path = self.split_dir / self.names[shard] / f"{column}.npy"
+        try:
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                raise DataError(
+                    f"{path} cannot be opened ({error.strerror}): raise the limit, as ulimit -n 65536"
+                ) from error
+            raise DataError(
+                f"{path} is missing or damaged ({error}); remove its folder and run unclip-embed"
+            ) from error
+        if len(mapped) != self._starts[shard + 1] - self._starts[shard]:
+            raise DataError(f"{path} has {len(mapped)} rows; its index says otherwise. Remove it, run unclip-embed")
+        wanted = self.manifest["embed_dim"]
+        if column in ("image_emb", "text_emb") and mapped.shape[-1] != wanted:
+            raise DataError(
+                f"{path} has rows of shape {mapped.shape[1:]}, the manifest says {wanted} numbers: two CLIPs in one "
+                "folder? Remove it and run unclip-embed"
+            )
+        return mapped
 
 
 def lengths(tokens: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -89,13 +90,16 @@ class EmbeddingsWriter:
         self.settings["precision"] = precision
         self.split_dir.mkdir(parents=True, exist_ok=True)
         for path in sorted(self.folder.glob("*/*/shard.json")):
-            self._check(path)
+            if path.parent.suffix != ".tmp":
+                self._check(path)
         self._sweep()
 
-    def done(self, name: str, sha256: str) -> bool:
-        """Whether shard ``name`` was finished from the tar with this checksum."""
-        path = self.split_dir / name / "shard.json"
-        return path.exists() and _shard_facts(path)["data"] == sha256
+    def done(self, name: str, sha256: str, keys: Sequence[str]) -> bool:
+        """Whether shard ``name`` was finished from the tar with this checksum, of which an index names the samples ``keys``."""
+        facts = _shard_facts(self.split_dir / name / "shard.json")
+        if facts is None or facts["data"] != sha256 or facts["num_rows"] != len(keys):
+            return False
+        return facts["keys"] in ("", _keys_sha256(keys))  # older folders do not say
 
     def write(self, name: str, sha256: str, keys: list[str], columns: dict[str, np.ndarray]) -> None:
         """Write the columns of one shard; ``sha256`` is that of its tar."""
@@ -103,10 +107,11 @@ class EmbeddingsWriter:
         if wrong or sorted(columns) != sorted(self.settings["columns"]):
             raise ValueError(f"{name} has {len(keys)} keys but columns {list(columns)}, of other lengths: {wrong}")
         draft = self.split_dir / f"{name}.{socket.gethostname()}-{os.getpid()}.tmp"
+        shutil.rmtree(draft, ignore_errors=True)  # of a killed process with this one's number, as containers have
         draft.mkdir()
         try:
             self._fill(draft, sha256, keys, columns)
-            self._appear(draft, name, sha256)
+            self._appear(draft, name, sha256, keys)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
 
@@ -120,20 +125,23 @@ class EmbeddingsWriter:
         vectors = {c: columns[c].reshape(-1, columns[c].shape[-1]) for c in ("image_emb", "text_emb") if c in columns}
         moments = {column: Moments.of(rows).to_json() for column, rows in vectors.items()}
         facts = {**self.settings, "data": sha256, "num_rows": len(keys), "moments": moments}
+        facts["keys"] = _keys_sha256(keys)
         write_atomic(draft / "shard.json", json.dumps(facts).encode())
 
-    def _appear(self, draft: Path, name: str, sha256: str) -> None:
+    def _appear(self, draft: Path, name: str, sha256: str, keys: Sequence[str]) -> None:
         """The draft becomes the shard, unless another process was faster with the same one."""
         final = self.split_dir / name
         with _alone(self.folder):
-            if self.done(name, sha256):
+            if self.done(name, sha256, keys):
                 return
+            old = draft.with_name(f"{name}.old.{draft.name.removeprefix(f'{name}.')}")
             if final.exists():  # made from other data
                 log.info("%s was made from other data: made anew", final)
                 (self.split_dir / "index.json").unlink(missing_ok=True)
-                shutil.rmtree(final)
+                os.replace(final, old)
             os.replace(draft, final)
             sync(self.split_dir)
+            shutil.rmtree(old, ignore_errors=True)
 
     def add_beside(self, name: str, content: Callable[[], bytes]) -> None:
         """A file beside the splits, unless it is there."""
@@ -143,7 +151,11 @@ class EmbeddingsWriter:
 
     def complete(self, shards: Shards) -> bool:
         """Whether every shard is there, made from these tars."""
-        return all(self.done(Path(n).stem, sha256) for n, sha256 in zip(shards.names, shards.sha256, strict=True))
+        ends = shards.starts.tolist()
+        return all(
+            self.done(Path(name).stem, sha256, shards.keys[start:end])
+            for name, sha256, start, end in zip(shards.names, shards.sha256, ends[:-1], ends[1:], strict=True)
+        )
 
     def finish(self, shards: "Shards | Written", origin: dict[str, Any] | None = None) -> None:
         """Write the split's index and enter the split into the manifest; the same result whoever does it, and again.
@@ -151,7 +163,7 @@ class EmbeddingsWriter:
         ``origin``: what differs from our own making.
         """
         names = [Path(name).stem for name in shards.names]
-        facts = [_shard_facts(self.split_dir / name / "shard.json") for name in names]
+        facts = [facts for name in names if (facts := _shard_facts(self.split_dir / name / "shard.json")) is not None]
         rows = [fact["num_rows"] for fact in facts]
         if rows != shards.shard_sizes:
             raise DataError(
@@ -180,7 +192,7 @@ class EmbeddingsWriter:
             write_atomic(path, (json.dumps(manifest, indent=1) + "\n").encode())
 
     def _check(self, path: Path) -> None:
-        facts = _shard_facts(path)
+        facts = _shard_facts(path) or self.settings  # another process has just made it anew
         for name, wanted in self.settings.items():
             if facts[name] != wanted:
                 found = f"{name} {_short(facts[name])}, not {_short(wanted)}"
@@ -214,15 +226,21 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _shard_facts(path: Path) -> dict[str, Any]:
-    """shard.json; DataError where it is damaged."""
+def _shard_facts(path: Path) -> dict[str, Any] | None:
+    """shard.json, None where there is none; DataError where it is damaged."""
     try:
         facts = json.loads(path.read_text())
-        facts = {"variants": asdict(ONE), "precision": "", **facts}  # older folders know one caption and one crop
-        names = ("clip", "columns", "dtype", "variants", "precision", "data", "num_rows", "moments")
+        facts = {"variants": asdict(ONE), "precision": "", "keys": "", **facts}  # which older folders lack
+        names = ("clip", "columns", "dtype", "variants", "precision", "data", "num_rows", "moments", "keys")
         return {name: facts[name] for name in names}
+    except FileNotFoundError:
+        return None
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} is missing or damaged ({error!r}); remove {path.parent}, run unclip-embed") from error
+        raise DataError(f"{path} is damaged ({error!r}); remove {path.parent}, run unclip-embed") from error
+
+
+def _keys_sha256(keys: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
 @dataclass

@@ -184,6 +184,8 @@ class CachedFiles(LocalFiles):
         return self.folder / f"{self.shards[shard].sha256}.tar"
 
     def _open(self, shard: int) -> int:
+        for other in [other for other, file in self._files.items() if not os.fstat(file).st_nlink]:
+            os.close(self._files.pop(other))  # was removed to make room, which it takes while it is open
         while True:
             self._fetch(shard)
             try:

@@ -14,13 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from unclip.data.shards import IMAGE_TYPES, ShardWriter
 from unclip.data.transforms import load_image
 from unclip.data.write_lock import WriteLock
 from unclip.drafts import write_atomic
 from unclip.errors import ConfigError, DataError
+from unclip.progress import counted
 
 TABLES = (".csv", ".jsonl", ".parquet")
 _AHEAD = 64  # pictures that are decoded ahead of the writer
@@ -82,19 +81,15 @@ def write_folder(
     report, first_of = FolderReport(), dict[str, str]()
     with WriteLock(out, ["train", "val"]):
         with ExitStack() as stack:
-            bar = stack.enter_context(
-                Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            )
-            bar.disable = not bar.console.is_terminal
-            task = bar.add_task("reading pictures", total=len(entries))
+            advance = stack.enter_context(counted(len(entries), "reading pictures"))
             writers: dict[str, ShardWriter] = {}
             pool = stack.enter_context(ThreadPoolExecutor(workers or os.cpu_count() or 1))
             for number, (entry, found) in enumerate(_ahead(pool, entries, check)):
-                bar.advance(task)
+                advance(1)
                 if isinstance(found, str):
                     report.refused[entry.name] = found
                     continue
-                content, caption = found
+                content, captions = found
                 digest = hashlib.sha256(content).hexdigest()
                 if digest in first_of:
                     report.refused[entry.name] = f"duplicate: the same bytes as {first_of[digest]}"
@@ -104,7 +99,8 @@ def write_folder(
                 if split not in writers:
                     writers[split] = stack.enter_context(ShardWriter(out / split))
                 kind = entry.path.suffix.lower().lstrip(".")
-                writers[split].write(f"{number:08d}", content, caption, {"path": entry.name}, kind)
+                meta = {"path": entry.name} | ({"captions": captions} if len(captions) > 1 else {})
+                writers[split].write(f"{number:08d}", content, " ".join(captions), meta, kind)
                 report.written[split] = report.written.get(split, 0) + 1
             if not report.written:
                 raise DataError(f"{src} holds no usable picture, nothing was written: " + "; ".join(report.lines()))
@@ -116,8 +112,8 @@ def write_folder(
 
 def _ahead(
     pool: ThreadPoolExecutor, entries: list[Entry], check: Callable[[bytes], None]
-) -> Iterator[tuple[Entry, tuple[bytes, str] | str]]:
-    """Each entry with its picture and caption or the reason against it, read by the pool a little ahead, in order."""
+) -> Iterator[tuple[Entry, tuple[bytes, list[str]] | str]]:
+    """Each entry with its picture and captions or the reason against it, read by the pool a little ahead, in order."""
     jobs = ((entry, pool.submit(_read, entry, check)) for entry in entries)
     waiting = list(itertools.islice(jobs, _AHEAD))
     while waiting:
@@ -126,17 +122,17 @@ def _ahead(
         waiting += itertools.islice(jobs, 1)
 
 
-def _read(entry: Entry, check: Callable[[bytes], None]) -> tuple[bytes, str] | str:
+def _read(entry: Entry, check: Callable[[bytes], None]) -> tuple[bytes, list[str]] | str:
     try:
         content = _content(entry.path)
         check(content)
-        caption = _caption(entry)
-        caption.encode()
+        captions = _captions(entry)
+        "".join(captions).encode()
     except RefusedError as error:
         return str(error)
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold
         return "caption not Unicode: it holds a lone surrogate"
-    return content, caption
+    return content, captions
 
 
 def _content(path: Path) -> bytes:
@@ -165,7 +161,8 @@ def _check_picture(min_size: int, content: bytes) -> None:
         raise RefusedError(f"too small: {width} x {height} pixels")
 
 
-def _caption(entry: Entry) -> str:
+def _captions(entry: Entry) -> list[str]:
+    """The lines that hold something; together they are the caption, and each is one of several (``unclip-embed captions=5``)."""
     caption = entry.caption
     if caption is None:
         path = entry.path.with_suffix(".txt")
@@ -177,17 +174,17 @@ def _caption(entry: Entry) -> str:
             raise RefusedError(f"caption not UTF-8: byte {error.start} of {path.name}") from error
         except OSError as error:
             raise RefusedError(f"unreadable: {path.name}: {error.strerror or error}") from error
-    caption = " ".join(caption.split())
-    if not caption:
+    captions = [" ".join(line.split()) for line in caption.splitlines() if line.strip()]
+    if not captions:
         raise RefusedError("empty caption")
-    return caption
+    return captions
 
 
 def _entries(src: Path) -> list[Entry]:
     """All pictures that a source names, in a fixed order."""
     if src.is_dir():
-        found = sorted(path for path in src.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_TYPES)
-        return [Entry(_printable(path.relative_to(src).as_posix()), path, None) for path in found if path.is_file()]
+        found = sorted(path for path in _files(src) if path.suffix.lower().lstrip(".") in IMAGE_TYPES)
+        return [Entry(_printable(path.relative_to(src).as_posix()), path, None) for path in found if not path.is_dir()]
     if src.suffix.lower() not in TABLES:
         raise DataError(f"{src} is neither a folder nor a table ({', '.join(TABLES)}) of path and caption")
     if not src.is_file():
@@ -203,6 +200,18 @@ def _entries(src: Path) -> list[Entry]:
             raise DataError(f"{src}, row {number}: {row['path']} is no .{', .'.join(IMAGE_TYPES)} file")
         entries.append(Entry(_printable(str(row["path"])), path, str(row["caption"] or "")))
     return entries
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder, also behind links to folders, each of which is entered once."""
+    seen = {(found.st_dev, found.st_ino) for found in [os.stat(folder)]}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        for name in list(folders):
+            found = os.stat(os.path.join(place, name))
+            if (found.st_dev, found.st_ino) in seen:
+                folders.remove(name)
+            seen.add((found.st_dev, found.st_ino))
+        yield from (Path(place, name) for name in names)
 
 
 def _printable(name: str) -> str:

@@ -105,9 +105,25 @@ def _why_bad(file: BinaryIO, found: dict[str, tuple[int, int]], check: Callable[
             check(_image(file, found))
             if not _strict_caption(file, found).strip():
                 return "empty caption"
+            _check_meta(file, found)
         except (OSError, ValueError, SyntaxError, DataError) as error:
             return str(error) or type(error).__name__
     return None
+
+
+def _check_meta(file: BinaryIO, found: dict[str, tuple[int, int]]) -> None:
+    """DataError for metadata that is no JSON object, or whose "captions" are no list of texts."""
+    if "json" not in found:
+        return
+    try:
+        meta = json.loads(os.pread(file.fileno(), found["json"][1], found["json"][0]))
+    except ValueError as error:
+        raise DataError(f"bad metadata: no JSON ({error})") from error
+    if not isinstance(meta, dict):
+        raise DataError("bad metadata: no JSON object")
+    listed = meta.get("captions")
+    if listed is not None and not (isinstance(listed, list) and all(isinstance(text, str) for text in listed)):
+        raise DataError('bad metadata: "captions" is not a list of texts')
 
 
 def _strict_caption(file: BinaryIO, found: dict[str, tuple[int, int]]) -> str:

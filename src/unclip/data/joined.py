@@ -16,6 +16,8 @@ from math import gcd
 import numpy as np
 import torch
 
+from unclip.errors import DataError
+
 _FIXED = 0x10  # MAP_FIXED of Linux and macOS
 _PAGE = mmap.ALLOCATIONGRANULARITY
 _HEADER = 64  # a .npy file's rows start at a multiple of this (NEP 1)
@@ -82,10 +84,10 @@ class _Range:
         weakref.finalize(self.buffer, munmap, self.address, size)  # the tensors over it keep the buffer alive
 
     def put(self, path: str, place: int, size: int) -> None:
-        """Map the first ``size`` bytes of a file ``place`` bytes after the start; writing would change a copy."""
+        """Map the first ``size`` bytes of a file ``place`` bytes after the start, to read only."""
         file = os.open(path, os.O_RDONLY)
         try:
-            self._call(self.address + place, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _FIXED, file)
+            self._call(self.address + place, size, mmap.PROT_READ, mmap.MAP_PRIVATE | _FIXED, file)
         finally:
             os.close(file)
 
@@ -93,7 +95,7 @@ class _Range:
         found = self._mmap(address, size, protection, flags, file, 0)
         if found == ctypes.c_void_p(-1).value:
             error = ctypes.get_errno()
-            raise OSError(error, f"cannot map {size} bytes: {os.strerror(error)}")
+            raise DataError(f"cannot map {size:,} bytes of embeddings into memory: {os.strerror(error)} (ulimit -v?)")
         return found
 
 

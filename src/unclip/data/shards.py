@@ -202,9 +202,9 @@ class Shards:
     def caption(self, i: int) -> str:
         """KEY.txt, or the field "caption" of KEY.json where there is no text file. DataError for bytes that are no UTF-8."""
         if self._txt[i, 0] < 0:
-            return str(self.meta(i).get("caption", ""))
+            return str(self.meta(i).get("caption") or "")
         try:
-            return self._piece(i, self._txt[i]).decode("utf-8").strip()
+            return self._piece(i, self._txt[i]).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise self._damaged(i, f"the caption is not UTF-8 (byte {error.start})") from error
 
@@ -213,9 +213,12 @@ class Shards:
         if self._json[i, 0] < 0:
             return {}
         try:
-            return json.loads(self._piece(i, self._json[i]))
+            found = json.loads(self._piece(i, self._json[i]))
         except ValueError as error:
             raise self._damaged(i, f"the metadata is no JSON ({error})") from error
+        if not isinstance(found, dict):
+            raise self._damaged(i, "the metadata is no JSON object")
+        return found
 
     def _damaged(self, i: int, what: str) -> DataError:
         shard = self.files.shards[self.shard_of(i)]

@@ -55,8 +55,9 @@ class Split:
             if (variants := self.embeddings.variants) != ONE:
                 assert isinstance(self.shards, Shards)  # imported embeddings have one caption and one crop
                 rows, chosen = picked(rows, variants, positions, central=self.pictures is not None)
-                every = [captions_of(self.shards, i, variants.captions) for i in indices.tolist()]
-                batch.caption = [captions[k] for captions, k in zip(every, chosen, strict=True)]
+                if variants.captions > 1:
+                    every = [captions_of(self.shards, i, variants.captions) for i in indices.tolist()]
+                    batch.caption = [captions[k] for captions, k in zip(every, chosen, strict=True)]
             length = int(lengths(rows["tokens"]).max()) if "tokens" in rows else None
             for column, values in rows.items():
                 cut = values[:, :length] if column in ("tokens", "text_seq") else values

@@ -147,7 +147,9 @@ def _sample(key: str, members: dict[str, bytes], location: str) -> Iterator[Samp
     image = next((members[kind] for kind in IMAGE_TYPES if kind in members), None)
     try:
         meta = json.loads(members.get("json", b"{}"))
-        caption = members["txt"].decode("utf-8").strip() if "txt" in members else str(meta["caption"])
+        caption = members["txt"].decode("utf-8-sig").strip() if "txt" in members else str(meta["caption"] or "")
+        if not caption:
+            raise ValueError("an empty one")
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s: %s has no caption (%r); left out", location, key, error)
         return

@@ -189,6 +189,11 @@ def _refuse_other_norm(out: Path, normalised: bool) -> None:
 def _write(parts: list[Part], clip: CLIP, interface: Interface, found: Found, cfg: ImportConfig) -> None:
     columns = ("image_emb", "text_emb", "tokens")
     splits = ("train", "val") if cfg.val else ("train",)
+    if not cfg.val and (cfg.out / "val").exists():
+        raise DataError(
+            f"{cfg.out / 'val'} holds rows of an earlier import, which --val 0 would train on too: remove {cfg.out}, or "
+            "write to another folder"
+        )
     writers = {split: EmbeddingsWriter(cfg.out, split, interface, columns, found.dtype) for split in splits}
     written = {split: Written(cfg.out / split, [], [], "", "") for split in splits}
     texts: dict[str, list[str]] = {split: [] for split in splits}
@@ -244,7 +249,7 @@ def _write_shard(writer: EmbeddingsWriter, shard: _Shard, clip: CLIP, found: Fou
         digest.update(values.tobytes())
     sha256 = digest.hexdigest()
     folder = writer.split_dir / shard.name
-    if not writer.done(shard.name, sha256):
+    if not writer.done(shard.name, sha256, keys):
         columns["tokens"] = clip.tokenize(captions).int().numpy()
         if "text_emb" not in columns:
             columns["text_emb"] = _encode_text(clip, columns["tokens"], found)
