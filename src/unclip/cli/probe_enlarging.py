@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unclip import artifact
 from unclip.batches import Batches, Meter
-from unclip.cli.pictures import bar_of
+from unclip.cli.pictures import sampling_bar
 from unclip.cli.reconstruct import psnr
 from unclip.data.shards import Sample, Shards
 from unclip.data.transforms import load_image
@@ -67,7 +67,7 @@ def probe_enlarging(
         with torch.autocast(device, torch.bfloat16):
             return to_uint8(model.sample(to_range(low[rows]).to(device), how, noise, on_step=on_step))
 
-    with bar_of(False) as progress:
+    with sampling_bar(False) as progress:
         steps = how.sampler.num_steps
         batches = Batches(batch_size, Meter(progress, len(ways) * len(low) * steps))
         drawings = {

@@ -185,6 +185,7 @@ def embed_with(clip: CLIP, interface: Interface, cfg: EmbedConfig) -> None:
     ):
         for job, columns in found:
             soon(partial(_write, job, columns))
+    log.info("%s: done, %d pictures", title, total)
     for name, writer in writers.items():
         if writer.complete(splits[name]):
             writer.finish(splits[name])
