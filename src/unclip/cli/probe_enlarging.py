@@ -67,7 +67,7 @@ def probe_enlarging(
         with torch.autocast(device, torch.bfloat16):
             return to_uint8(model.sample(to_range(low[rows]).to(device), how, noise, on_step=on_step))
 
-    with sampling_bar(False) as progress:
+    with sampling_bar() as progress:
         steps = how.sampler.num_steps
         batches = Batches(batch_size, Meter(progress, len(ways) * len(low) * steps))
         drawings = {

@@ -184,10 +184,10 @@ class CachedFiles(LocalFiles):
         return self.folder / f"{self.shards[shard].sha256}.tar"
 
     def _open(self, shard: int) -> int:
-        for other in [other for other, file in self._files.items() if not os.fstat(file).st_nlink]:
-            os.close(self._files.pop(other))  # was removed to make room, which it takes while it is open
         while True:
             self._fetch(shard)
+            for other in [other for other, file in self._files.items() if not os.fstat(file).st_nlink]:
+                os.close(self._files.pop(other))  # was removed to make room, which it takes while it is open
             try:
                 file = os.open(self._path(shard), os.O_RDONLY)
             except FileNotFoundError:  # another process just made room
