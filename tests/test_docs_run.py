@@ -24,6 +24,7 @@ pytestmark = pytest.mark.timeout(1800)  # the chain is part of the first test
 NOT_RUN = {
     "make": "sets up environments, trains for minutes, or runs the tests; CI sets up and tests, tests/test_demo.py runs the demo",
     "pip install": "changes the environment",
+    "model.pretrained=laion2b_s34b_b79k": "fetches weights from a hub; tests/models/test_clip_sources.py loads local ones",
     "unclip import clip": "fetches weights from a hub; tests/test_app.py imports local ones",
     "unclip ui": "serves until Ctrl-C; tests/ui",
     "unclip sync": "sends to wandb's server; tests/test_wandb.py",
