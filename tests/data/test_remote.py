@@ -3,9 +3,11 @@
 import itertools
 import logging
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -145,6 +147,22 @@ def test_unreachable_hosts_unknown_schemes_and_refusals_are_told_apart(server: S
     server.status, server.failures = 400, 1
     with pytest.raises(DataError, match=r"cannot be read \(.*400"):
         Shards(f"{server.url}/train", IMPATIENT)
+
+
+def test_threads_keep_what_each_fetched_ahead(server: Server) -> None:
+    shards = Shards(f"{server.url}/train", RemoteConfig())
+    wanted = {i: shards.read(i) for i in (0, 1, 7, 8)}
+    with ThreadPoolExecutor(1) as other:
+        other.submit(shards.prepare, [0, 1]).result()
+        shards.prepare([7, 8])
+        shards.prepare([7, 8])  # as for a second size of the same pictures
+        asked = len(server.asked)
+        assert [other.submit(shards.image, i).result() for i in (0, 1)] == [wanted[i].image for i in (0, 1)]
+        assert [shards.image(i) for i in (7, 8)] == [wanted[i].image for i in (7, 8)]
+        again = pickle.loads(pickle.dumps(shards))
+        assert len(server.asked) == asked
+        assert again.image(7) == wanted[7].image
+        assert len(server.asked) > asked
 
 
 @pytest.mark.parametrize("cached", [False, True])

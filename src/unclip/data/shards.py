@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +170,14 @@ class Shards:
         self.files = open_files(files, remote, BLOCK_SHARDS)
         places = [_columns(shard) for shard in shards]
         self._image, self._txt, self._json = (np.concatenate(parts) for parts in zip(*places, strict=True))
-        self._ahead: dict[int, tuple[int, bytes]] = {}  # of samples: bytes fetched ahead and where they begin
+        self._ahead = _Ahead()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_ahead"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._ahead = _Ahead()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -179,12 +187,14 @@ class Shards:
         self.files.close()
 
     def prepare(self, samples: Sequence[int]) -> None:
-        """Fetch what these samples need side by side, where it lies behind an URL; a next call forgets it."""
-        spans = {i: self._span(i) for i in samples}
+        """Fetch what these samples need side by side, where it lies behind an URL; this thread's next call forgets it."""
+        known = self._ahead.pieces
+        self._ahead.pieces = {i: known[i] for i in samples if i in known}
+        spans = {i: self._span(i) for i in samples if i not in known}
         contents = self.files.read_all([(self.shard_of(i), *span) for i, span in spans.items()])
         if contents is not None:
             starts = [start for start, _ in spans.values()]
-            self._ahead = dict(zip(spans, zip(starts, contents, strict=True), strict=True))
+            self._ahead.pieces |= zip(spans, zip(starts, contents, strict=True), strict=True)
 
     def read(self, i: int) -> Sample:
         """Sample i with all its parts."""
@@ -240,10 +250,17 @@ class Shards:
 
     def _piece(self, i: int, place: np.ndarray) -> bytes:
         offset, size = int(place[0]), int(place[1])
-        start, content = self._ahead.get(i, (0, b""))
+        start, content = self._ahead.pieces.get(i, (0, b""))
         if start <= offset and offset + size <= start + len(content):
             return content[offset - start : offset - start + size]
         return self.files.read(self.shard_of(i), offset, size)
+
+
+class _Ahead(threading.local):
+    """Of samples: bytes that a thread has fetched ahead, and where they begin."""
+
+    def __init__(self) -> None:
+        self.pieces: dict[int, tuple[int, bytes]] = {}
 
 
 def _described(place: str | Sequence[str], remote: RemoteConfig) -> tuple[list[str], list[tuple[str, dict[str, Any]]]]:
