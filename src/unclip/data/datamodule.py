@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from unclip import artifact
 from unclip.data.ahead import PREFETCH, Batches, only_from_above
@@ -305,14 +305,21 @@ def _train_batch(
     batch_size, rank, world_size = place
     positions = share(step, batch_size, rank, world_size)
     if len(splits) == 1:
-        return splits[0].batch(orders[0].indices(positions.start, len(positions)), positions)
+        return _without_captions(splits[0].batch(orders[0].indices(positions.start, len(positions)), positions))
     sources, before = mixture.sources(positions.start, len(positions)), mixture.drawn_before(positions.start)
     parts = []
     for number in np.unique(sources):
         mine = np.flatnonzero(sources == number)
         indices = orders[number].indices(int(before[number]), len(mine))
-        parts.append(splits[number].batch(indices, [positions[i] for i in mine]))
+        parts.append(_without_captions(splits[number].batch(indices, [positions[i] for i in mine])))
     return Batch.merged(parts)
+
+
+def _without_captions(batch: Batch) -> Batch:
+    """In a worker, which would read all of them to send the batch; training asks for none."""
+    if get_worker_info() is not None:
+        batch.caption = []
+    return batch
 
 
 def _val_batch(split: Split, samples: list[np.ndarray], step: int) -> Batch:
