@@ -58,13 +58,14 @@ def test_an_url_gives_the_batches_of_the_folder(
 ) -> None:
     cache = str(tmp_path / "cache") if cached else None
     cfg = DataConfig(server.url, num_workers=num_workers, cache_dir=cache)
-    assert same(batches(cfg, 4, 1), batches(DataConfig(str(data)), 4, 1))  # crosses an epoch of 20 samples
+    here = DataConfig(str(data), num_workers=num_workers)
+    assert same(batches(cfg, 4, 1), batches(here, 4, 1))  # crosses an epoch of 20 samples
     assert module(cfg).fingerprint == module(DataConfig(str(data))).fingerprint
     if cached:
         kept = sorted(path.stem for path in (tmp_path / "cache").glob("*.tar"))
         assert kept == sorted(Shards(data / "train").sha256)
         asked = len(server.asked)
-        assert same(batches(cfg, 4, 1), batches(DataConfig(str(data)), 4, 1))
+        assert same(batches(cfg, 4, 1), batches(here, 4, 1))
         assert [path for path in server.asked[asked:] if "index.json" not in path] == []
 
 
