@@ -6,6 +6,7 @@ or with another strategy.
 
 import io
 import shutil
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial, wraps
@@ -27,6 +28,10 @@ from unclip.nets.transformer import TransformerBlock
 from unclip.nets.unet import ContextAttention, ResnetBlock
 from unclip.optim import batch_norms_of
 from unclip.stages.parts import Parts, joined, opened, read_last, split, unused_folder, write_part
+
+warnings.filterwarnings(
+    "ignore", message="FSDP2-wrapped module .* returned a view tensor"
+)  # nets change no output in place
 
 # What a stage calls of its model, and of a block beside forward: there the weights must be whole.
 MODEL_METHODS = ("losses", "features", "encode_image", "encode_text", "sample", "measures")
