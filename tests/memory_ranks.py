@@ -30,7 +30,8 @@ def peak(strategy: str, case: str) -> int:
         model = build(cfg, interface).train()
         if strategy == "fsdp2":
             shard(model, mesh, Precision.bf16)
-        losses = DistributedDataParallel(Losses(model)) if strategy == "ddp" else Losses(model)
+        # without its first broadcast, whose copy of all weights is freed whenever a thread comes to it
+        losses = DistributedDataParallel(Losses(model), init_sync=False) if strategy == "ddp" else Losses(model)
         optimizer = make_optimizer(model, optim)
         batch = example(model, interface, rows)
         for _ in range(2):
@@ -38,9 +39,16 @@ def peak(strategy: str, case: str) -> int:
     return peak_of(seen)
 
 
+def least(strategy: str, case: str) -> int:
+    """The least of both ranks and three tries: gloo's threads free what they have sent when they come to it."""
+    peaks = torch.tensor([peak(strategy, case) for _ in range(3)])
+    dist.all_reduce(peaks, dist.ReduceOp.MIN)
+    return int(peaks.min())
+
+
 if __name__ == "__main__":
     dist.init_process_group("gloo")
-    found = {strategy: {case: peak(strategy, case) for case in sys.argv[1:]} for strategy in ("ddp", "fsdp2")}
+    found = {strategy: {case: least(strategy, case) for case in sys.argv[1:]} for strategy in ("ddp", "fsdp2")}
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()

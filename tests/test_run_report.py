@@ -9,7 +9,7 @@ from PIL import Image
 from test_report import Page
 from torch import nn
 
-from unclip import artifact
+from unclip import artifact, drafts
 from unclip.artifact import Manifest
 from unclip.cli.report import write_report
 from unclip.errors import UnclipError
@@ -131,7 +131,7 @@ def test_a_damaged_log_costs_the_page_only(
 
 def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "report.html").write_text("old")
-    monkeypatch.setattr(page_module.Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    monkeypatch.setattr(drafts.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
         page_module.write_page(tmp_path / "report.html", "t", ["new"])
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

@@ -165,9 +165,9 @@ def test_all_weights_are_trained_and_learn(name: str):
 def test_eclipses_contrast_is_among_the_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch):
     asked: list[int] = []
 
-    def of_all_ranks(*rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def of_all_ranks(*rows: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], slice]:
         asked.append(len(rows[0]))
-        return tuple(torch.cat((row, row.flip(1))) for row in rows)
+        return tuple(torch.cat((row, row.flip(1))) for row in rows), slice(0, len(rows[0]))
 
     monkeypatch.setattr("unclip.models.baseline_priors.of_all_ranks", of_all_ranks)
     prior, batch = make("eclipse"), make_batch()
