@@ -46,7 +46,7 @@ def _all_orthogonal(matrices: list[Tensor]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for indices in shapes.values():  # those of one shape go through together
         found |= zip(indices, orthogonal(torch.stack([matrices[i] for i in indices])), strict=True)
-    if ranks == 1:
+    if ranks == 1 or not matrices:
         return [found[i] for i in range(len(matrices))]
     everyones = torch.zeros(sum(m.numel() for m in matrices), dtype=torch.bfloat16, device=matrices[0].device)
     parts = everyones.split([m.numel() for m in matrices])

@@ -1,13 +1,13 @@
 """What defines a run, and whether a folder is that run's: ``identity.json`` and ``config.yaml``."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from unclip.config import identity, to_plain
+from unclip.drafts import write_atomic
 from unclip.errors import ConfigError
 
 
@@ -36,8 +36,5 @@ def compare_settings(run: Path, cfg: Any) -> None:
 
 def write_settings(run: Path, cfg: Any) -> None:
     """Keep what defines the run in ``identity.json``, and all settings, for people, in ``config.yaml``."""
-    path = run / "identity.json"
-    draft = path.with_suffix(f".{os.getpid()}.tmp")  # one for each rank
-    draft.write_text(json.dumps(_defining(cfg), indent=2, sort_keys=True) + "\n")
-    os.replace(draft, path)
+    write_atomic(run / "identity.json", (json.dumps(_defining(cfg), indent=2, sort_keys=True) + "\n").encode())
     (run / "config.yaml").write_text(yaml.safe_dump(to_plain(cfg), sort_keys=False))

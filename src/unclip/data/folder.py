@@ -206,6 +206,7 @@ def _files(folder: Path) -> Iterator[Path]:
     """All files below a folder, also behind links to folders, each of which is entered once."""
     seen = {(found.st_dev, found.st_ino) for found in [os.stat(folder)]}
     for place, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()  # of two links to one folder the first is entered, everywhere the same
         for name in list(folders):
             found = os.stat(os.path.join(place, name))
             if (found.st_dev, found.st_ino) in seen:

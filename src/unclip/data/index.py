@@ -112,7 +112,7 @@ def _why_bad(file: BinaryIO, found: dict[str, tuple[int, int]], check: Callable[
 
 
 def _check_meta(file: BinaryIO, found: dict[str, tuple[int, int]]) -> None:
-    """DataError for metadata that is no JSON object, or whose "captions" are no list of texts."""
+    """DataError for metadata that is no JSON object."""
     if "json" not in found:
         return
     try:
@@ -121,9 +121,6 @@ def _check_meta(file: BinaryIO, found: dict[str, tuple[int, int]]) -> None:
         raise DataError(f"bad metadata: no JSON ({error})") from error
     if not isinstance(meta, dict):
         raise DataError("bad metadata: no JSON object")
-    listed = meta.get("captions")
-    if listed is not None and not (isinstance(listed, list) and all(isinstance(text, str) for text in listed)):
-        raise DataError('bad metadata: "captions" is not a list of texts')
 
 
 def _strict_caption(file: BinaryIO, found: dict[str, tuple[int, int]]) -> str:

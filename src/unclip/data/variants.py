@@ -54,7 +54,9 @@ def captions_of(shards: Shards, sample: int, count: int) -> list[str]:
         return [shards.caption(sample)]
     listed = shards.meta(sample).get("captions")
     if listed is not None and not (isinstance(listed, list) and all(isinstance(text, str) for text in listed)):
-        raise DataError(f'"captions" of {shards.keys[sample]} in {shards.split_dir} is not a list of texts')
+        raise DataError(
+            f'"captions" of {shards.keys[sample]} in {shards.split_dir} is not a list of texts: mend it, or take captions=1'
+        )
     lines = listed or shards.caption(sample).splitlines()
     found = [line.strip() for line in lines if line.strip()] or [""]
     return [found[k % len(found)] for k in range(count)]

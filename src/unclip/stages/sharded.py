@@ -29,9 +29,8 @@ from unclip.nets.unet import ContextAttention, ResnetBlock
 from unclip.optim import batch_norms_of
 from unclip.stages.parts import Parts, joined, opened, read_last, split, unused_folder, write_part
 
-warnings.filterwarnings(
-    "ignore", message="FSDP2-wrapped module .* returned a view tensor"
-)  # nets change no output in place
+# It speaks of outputs that are changed in place, which no net here does.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 # What a stage calls of its model, and of a block beside forward: there the weights must be whole.
 MODEL_METHODS = ("losses", "features", "encode_image", "encode_text", "sample", "measures")
